@@ -1,0 +1,22 @@
+"""Evaluation: feature networks, distances with their floors, sample grids, nearest neighbours, and the report."""
+
+from .distances import Scores, compare, frechet_distance, kernel_distance, subset_indices
+from .features import FeatureNetwork, cached_features, compute_features, load_features
+from .grid import make_grid, save_grid
+from .neighbours import Neighbours, nearest
+
+__all__ = [
+    "FeatureNetwork",
+    "Neighbours",
+    "Scores",
+    "cached_features",
+    "compare",
+    "compute_features",
+    "frechet_distance",
+    "kernel_distance",
+    "load_features",
+    "make_grid",
+    "nearest",
+    "save_grid",
+    "subset_indices",
+]
