@@ -57,14 +57,14 @@ class PatchMask:
         _check_ratio(self)
 
     def validate(self, grid: Grid) -> None:
-        """Raise ValueError unless at least one patch of `grid` is visible."""
-        self.num_visible(grid)
+        """Raise ValueError unless the grid has a patch."""
+        _check_grid(grid)
 
     def num_visible(self, grid: Grid) -> int:
-        """K."""
-        _check_grid(grid)
+        """K, at least 1."""
+        self.validate(grid)
         total = grid[0] * grid[1]
-        return _at_least_one(total - int(self.ratio * total), self, grid)
+        return total - int(self.ratio * total)
 
     def sample(self, grid: Grid, *, seed: int, step: int | Tensor, slots: Tensor) -> Tensor:
         """``ids_keep [B, K]`` of the images at `slots`."""
@@ -93,19 +93,19 @@ class BlockMask:
             raise ValueError(f"BlockMask: block_size is {self.block_size}, want at least 1")
 
     def validate(self, grid: Grid) -> None:
-        """Raise ValueError unless `block_size` divides `grid` and at least one block of it is visible."""
-        self.num_visible(grid)
-
-    def num_visible(self, grid: Grid) -> int:
-        """K."""
+        """Raise ValueError unless `block_size` divides both sides of `grid`."""
         _check_grid(grid)
         if grid[0] % self.block_size or grid[1] % self.block_size:
             raise ValueError(
                 f"BlockMask: block_size {self.block_size} does not divide the grid of {grid[0]}x{grid[1]} patches; "
                 "choose a common divisor of its sides"
             )
+
+    def num_visible(self, grid: Grid) -> int:
+        """K, at least one block."""
+        self.validate(grid)
         total, area = grid[0] * grid[1], self.block_size**2
-        return _at_least_one(total - int(self.ratio * total) // area * area, self, grid)
+        return total - int(self.ratio * total) // area * area
 
     def sample(self, grid: Grid, *, seed: int, step: int | Tensor, slots: Tensor) -> Tensor:
         """``ids_keep [B, K]`` of the images at `slots`."""
@@ -136,16 +136,16 @@ class CropMask:
 
     def validate(self, grid: Grid) -> None:
         """Raise ValueError unless the window fits into `grid`."""
-        self.num_visible(grid)
-
-    def num_visible(self, grid: Grid) -> int:
-        """K."""
         _check_grid(grid)
         if self.size > min(grid):
             raise ValueError(
                 f"CropMask: a window of {self.size}x{self.size} patches does not fit into the grid of "
                 f"{grid[0]}x{grid[1]}; want a size of at most {min(grid)}"
             )
+
+    def num_visible(self, grid: Grid) -> int:
+        """K."""
+        self.validate(grid)
         return self.size**2
 
     def sample(self, grid: Grid, *, seed: int, step: int | Tensor, slots: Tensor) -> Tensor:
@@ -184,9 +184,3 @@ def _check_ratio(mask: PatchMask | BlockMask) -> None:
         raise ValueError(
             f"{type(mask).__name__}: ratio is {mask.ratio}, want 0 <= ratio < 1 (the share of masked patches)"
         )
-
-
-def _at_least_one(visible: int, mask: PatchMask | BlockMask, grid: Grid) -> int:
-    if visible < 1:
-        raise ValueError(f"{mask} leaves no patch of a {grid[0]}x{grid[1]} grid visible; lower the ratio")
-    return visible
