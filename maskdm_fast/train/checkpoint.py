@@ -1,0 +1,280 @@
+"""Checkpoints that are either whole or not there.
+
+``checkpoints/step-00001000/`` holds one safetensors file per group of tensors (``model``, ``ema``, ``optimizer``),
+``state.json`` (step, seconds, configuration, running means) and ``manifest.json`` with the size and SHA-256 of the
+others. Everything is written under a temporary name, synced to disk, and renamed last, so a crash at any moment
+leaves the older checkpoints untouched and at most a temporary folder, which the next start removes.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from maskdm_fast.train.config import RunConfig
+from maskdm_fast.train.extras import require
+
+Tensors = dict[str, Tensor]
+
+CHECKPOINTS_NAME = "checkpoints"
+CONFIG_NAME = "config.json"
+MANIFEST_NAME = "manifest.json"
+STATE_NAME = "state.json"
+FORMAT = 1
+
+_STEP_NAME = re.compile(r"step-(\d{8,})")
+_TEMPORARY = ".tmp-"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written, or none that is whole can be read."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk whose files were found whole.
+
+    Attributes:
+        path: its folder.
+        state: the contents of ``state.json``.
+    """
+
+    path: Path
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return self.state["step"]
+
+    def tensors(self, group: str) -> Tensors:
+        """The tensors of one group, on the CPU."""
+        return require("safetensors.torch").load_file(self.path / f"{group}.safetensors")
+
+    def groups(self) -> dict[str, Tensors]:
+        """The tensors of all groups, on the CPU."""
+        return {file.stem: self.tensors(file.stem) for file in sorted(self.path.glob("*.safetensors"))}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A trained network, ready to be built and sampled.
+
+    Attributes:
+        config: configuration of the run that trained it.
+        tensors: state dict of the model, on the CPU.
+        checkpoint: the checkpoint they came from.
+        which: ``"ema"`` or ``"raw"``.
+    """
+
+    config: RunConfig
+    tensors: Tensors
+    checkpoint: Checkpoint
+    which: str
+
+
+def save(run: Path, groups: Mapping[str, Tensors], state: Mapping[str, Any], *, keep: int) -> Path:
+    """Write a checkpoint of a run and remove all but the `keep` newest.
+
+    Args:
+        run: the run folder.
+        groups: tensors by group name; one safetensors file each.
+        state: JSON values; ``state["step"]`` names the checkpoint.
+        keep: how many of the newest stay, at least 1.
+
+    Returns:
+        The folder of the new checkpoint.
+
+    Raises:
+        CheckpointError: the disk is full or the folder cannot be written; older checkpoints are untouched.
+    """
+    folder = run / CHECKPOINTS_NAME
+    target = folder / f"step-{state['step']:08d}"
+    temporary = folder / f"{_TEMPORARY}{target.name}"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        for group, tensors in groups.items():
+            _write_tensors(temporary / f"{group}.safetensors", tensors)
+        _write_json(temporary / STATE_NAME, state)
+        files = {file.name: _fingerprint(file) for file in sorted(temporary.iterdir())}
+        _write_json(temporary / MANIFEST_NAME, {"format": FORMAT, "files": files})
+        _sync(temporary)
+        if target.exists():
+            # A folder cannot be renamed onto one that has files; the old one has the same step and is not newer.
+            os.rename(target, folder / f"{_TEMPORARY}replaced-{target.name}")
+        os.rename(temporary, target)
+        _sync(folder)
+    except (OSError, require("safetensors").SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        newest = next(iter(_candidates(run)), None)
+        raise CheckpointError(
+            f"cannot write checkpoint {target}: {error}. "
+            + (f"The newest checkpoint is {newest}. " if newest else "There is no older checkpoint. ")
+            + "Make room or make the folder writable, then run the same command again."
+        ) from error
+    for old in _candidates(run)[keep:]:
+        # Renamed first, so that a half-removed checkpoint never stands under its name.
+        with contextlib.suppress(OSError):
+            os.rename(old, folder / f"{_TEMPORARY}old-{old.name}")
+    clean(run)
+    return target
+
+
+def clean(run: Path) -> None:
+    """Remove what interrupted writes left behind. Only the process that holds the run's lock may call this."""
+    for leftover in (run / CHECKPOINTS_NAME).glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def read(path: Path) -> Checkpoint:
+    """Open one checkpoint folder after checking the size and SHA-256 of every file.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or altered, or the format is another.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST_NAME).read_text("utf-8"))
+        if manifest["format"] != FORMAT:
+            raise CheckpointError(f"checkpoint {path} has format {manifest['format']}, this version reads {FORMAT}")
+        for name, want in manifest["files"].items():
+            if (path / name).stat().st_size != want["bytes"] or _fingerprint(path / name) != want:
+                raise CheckpointError(f"checkpoint {path} is damaged: {name} is not what was written")
+        return Checkpoint(path, json.loads((path / STATE_NAME).read_text("utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"checkpoint {path} is not whole: {type(error).__name__}: {error}") from error
+
+
+def newest(run: Path) -> Checkpoint | None:
+    """The newest whole checkpoint of a run folder; None if it has no checkpoint at all.
+
+    Damaged ones are passed over with a warning.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none is whole.
+    """
+    candidates = _candidates(run)
+    for path in candidates:
+        try:
+            return read(path)
+        except CheckpointError as error:
+            warnings.warn(f"{error}; falling back to the one before it", RuntimeWarning, stacklevel=2)
+    if candidates:
+        raise CheckpointError(f"no checkpoint in {run / CHECKPOINTS_NAME} is whole; remove the folder to start again")
+    return None
+
+
+def resume(run: Path) -> Checkpoint | None:
+    """`newest`, after removing leftovers and setting aside (as ``damaged-step-*``) the checkpoints newer than the
+    one found.
+
+    Only the process that holds the run's lock may call this.
+    """
+    clean(run)
+    checkpoint = newest(run)
+    for path in _candidates(run):
+        if checkpoint is None or path == checkpoint.path:
+            break
+        aside = path.with_name(f"damaged-{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(path, aside)
+    return checkpoint
+
+
+def load_weights(path: Path | str, which: Literal["ema", "raw"] = "ema") -> Weights:
+    """Read the weights of a run.
+
+    Args:
+        path: a run folder (its newest checkpoint), a recipe folder (its last stage that has one), or a checkpoint
+        folder. which: the moving average, or the trained weights themselves.
+
+    Raises:
+        FileNotFoundError: `path` does not exist, or holds no checkpoint.
+        CheckpointError: what is there is damaged.
+    """
+    if which not in ("ema", "raw"):
+        raise ValueError(f"which is {which!r}, want 'ema' or 'raw'")
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"no such run or checkpoint folder: {path}")
+    checkpoint = read(path) if (path / MANIFEST_NAME).exists() else newest(path)
+    if checkpoint is None:
+        stages = sorted(
+            (p for p in path.iterdir() if re.match(r"\d+-", p.name)), key=lambda p: int(p.name.split("-")[0])
+        )
+        checkpoint = next(filter(None, (newest(stage) for stage in reversed(stages))), None)
+    if checkpoint is None:
+        raise FileNotFoundError(
+            f"{path} holds no checkpoint; give a run folder, a recipe folder or a checkpoint folder"
+        )
+    config = RunConfig.from_dict(checkpoint.state["config"])
+    return Weights(config, checkpoint.tensors("ema" if which == "ema" else "model"), checkpoint, which)
+
+
+@contextlib.contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Hold the run folder for this process; the lock ends with the process, however it ends.
+
+    Raises:
+        RuntimeError: another process is training in this folder.
+    """
+    with open(run / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(f"another process is training in {run}; wait for it, or choose another folder") from None
+        yield
+
+
+def write_json_atomic(path: Path, value: Any) -> None:
+    """Write a small JSON file so that it is either the old one or the new one, whatever happens."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    _write_json(temporary, value)
+    os.replace(temporary, path)
+    _sync(path.parent)
+
+
+def _candidates(run: Path) -> list[Path]:
+    """Checkpoint folders, newest first."""
+    folder = run / CHECKPOINTS_NAME
+    found = [path for path in folder.iterdir() if _STEP_NAME.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+
+
+def _write_tensors(path: Path, tensors: Tensors) -> None:
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    require("safetensors.torch").save_file(on_cpu, path)
+    _sync(path)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 22):
+            digest.update(block)
+        return {"bytes": file.tell(), "sha256": digest.hexdigest()}
+
+
+def _sync(path: Path) -> None:
+    """fsync a file or a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,66 @@
+"""Sampling from the weights of a run."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from maskdm_fast.diffusion import Denoiser, make_schedule, sample
+from maskdm_fast.models import UViT
+from maskdm_fast.train.config import RunConfig
+
+
+def make_denoiser(config: RunConfig, tensors: dict[str, Tensor], device: torch.device) -> Denoiser:
+    """The denoiser of a run, with the given state dict of its model."""
+    with torch.device("meta"):
+        model = UViT(config.model)
+    # assign keeps the tensors that were read, so the weights are in memory once; `.to` copies only if it must.
+    model.load_state_dict({name: tensor.to(device) for name, tensor in tensors.items()}, assign=True)
+    return Denoiser(model, make_schedule(config.diffusion.schedule), config.diffusion.prediction)
+
+
+def generate(
+    config: RunConfig,
+    tensors: dict[str, Tensor],
+    num_images: int,
+    *,
+    num_steps: int,
+    sampler: str = "ddim",
+    eta: float | None = None,
+    seed: int = 0,
+    first_slot: int = 0,
+    batch_size: int = 64,
+    device: torch.device,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Sample images; a class-conditional model cycles through its classes.
+
+    Args:
+        config: of the run.
+        tensors: state dict of its model, raw or averaged.
+        num_images: how many.
+        device: where to compute; the other arguments are those of `maskdm_fast.diffusion.sample`.
+
+    Returns:
+        uint8 ``[num_images, h, w, C]`` on the CPU.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+    model = config.model
+    labels = torch.arange(first_slot, first_slot + num_images) % model.num_classes if model.num_classes else None
+    return sample(
+        make_denoiser(config, tensors, device),
+        num_images=num_images,
+        image_size=model.image_size,
+        channels=model.channels,
+        patch_size=model.patch_size,
+        sampler=sampler,
+        num_steps=num_steps,
+        eta=eta,
+        seed=seed,
+        first_slot=first_slot,
+        labels=labels,
+        batch_size=batch_size,
+        progress=progress,
+    )

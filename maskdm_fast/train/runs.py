@@ -1,0 +1,112 @@
+"""Start and resume runs: everything that happens around the training loop."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from maskdm_fast.data import ImageStore, open_dataset
+from maskdm_fast.train import checkpoint as checkpoints
+from maskdm_fast.train.config import Recipe, RunConfig, differences
+from maskdm_fast.train.engine import make_world
+from maskdm_fast.train.signals import StopSignals
+from maskdm_fast.train.stages import build_stage
+from maskdm_fast.train.trainer import Trainer, TrainResult
+
+
+def train(config: RunConfig, folder: Path | str, *, title: str | None = None) -> TrainResult:
+    """Start or resume a run.
+
+    Args:
+        config: what to train.
+        folder: the run folder; made if missing. If it holds a run, that run goes on.
+        title: shown beside the progress; by default the folder's name.
+
+    Raises:
+        ValueError: the configuration cannot work, or differs from the one the folder was begun with.
+        FileNotFoundError: the data set or `init_from` is not there.
+        TrainingDivergedError: a loss or gradient was not finite.
+        CheckpointError: a checkpoint cannot be written, or those that are there are all damaged.
+    """
+    config.validate()
+    folder = Path(folder)
+    world = make_world(config.machine.device)
+    store = open_store(config)
+    make_folder(folder)
+    with checkpoints.locked(folder), StopSignals() as signals:
+        _claim(folder, config)
+        checkpoint = checkpoints.resume(folder)
+        weights = None
+        if checkpoint is None and config.stage.init_from is not None:
+            weights = _initial_weights(config, folder)
+        trainer = Trainer(config, folder, build_stage(config, world, weights), store, world)
+        if checkpoint is not None:
+            trainer.load(checkpoint)
+        return trainer.run(signals, title=title or folder.name)
+
+
+def train_recipe(recipe: Recipe, folder: Path | str) -> TrainResult:
+    """Run a recipe's stages in order, each in its sub-folder of `folder`; finished stages are passed over.
+
+    Returns:
+        How the last stage that ran has ended. Arguments and errors as in `train`.
+    """
+    recipe.validate()
+    folder = Path(folder)
+    for name, config in recipe.runs():
+        result = train(config, folder / name, title=f"{folder.name}/{name}")
+        if not result.finished:
+            break
+    return result
+
+
+def open_store(config: RunConfig) -> ImageStore:
+    """The run's data set, packed if it was not; ValueError if the model does not fit it."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache_dir = config.machine.cache_dir or base / "maskdm_fast"
+    store = open_dataset(config.data, config.model.image_size, cache_dir=cache_dir, skip_bad=config.skip_bad)
+    if store.channels != config.model.channels:
+        raise ValueError(f"the images have {store.channels} channels, the model takes {config.model.channels}")
+    classes = len(store.class_names)
+    if config.model.num_classes not in (0, classes):
+        raise ValueError(
+            f"num_classes is {config.model.num_classes}, but the data set has {classes} classes; want 0 or {classes}"
+        )
+    return store
+
+
+def _initial_weights(config: RunConfig, folder: Path) -> checkpoints.Weights:
+    """The weights that ``init_from`` names: looked up beside the run folder first, then from the working directory."""
+    beside = folder.parent / config.stage.init_from
+    path = beside if beside.is_dir() else Path(config.stage.init_from)
+    try:
+        return checkpoints.load_weights(path, config.stage.init_weights)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"nothing to start from: {error} (--init-from {config.stage.init_from})") from None
+
+
+def make_folder(folder: Path) -> None:
+    """Make a run folder and check that it can be written; RuntimeError that says why not."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write-test"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise RuntimeError(f"cannot write to the run folder {folder}: {error}; choose another with --out") from error
+
+
+def _claim(folder: Path, config: RunConfig) -> None:
+    """Write config.json, after checking that the folder was not begun with another configuration."""
+    path, new = folder / checkpoints.CONFIG_NAME, config.to_dict()
+    if path.exists():
+        old: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        changed = differences(old, new)
+        if changed:
+            lines = "".join(f"\n  {line}" for line in changed)
+            raise ValueError(
+                f"{folder} was begun with another configuration:{lines}\n"
+                "Give the options it was begun with, or choose another folder with --out. "
+                "(Stopping rules, machine and output options may change.)"
+            )
+    checkpoints.write_json_atomic(path, new)

@@ -1,0 +1,22 @@
+"""The stages of training: what is learnt, by which networks, with which loss.
+
+A new stage is one file here (a class that implements `Stage`), one configuration class in `train/config.py`, and one
+entry in `STAGES`. The trainer does not change.
+"""
+
+from maskdm_fast.train.checkpoint import Weights
+from maskdm_fast.train.config import DenoisingConfig, RunConfig
+from maskdm_fast.train.engine import World
+from maskdm_fast.train.stages.base import Batch, Stage
+from maskdm_fast.train.stages.denoising import DenoisingStage
+
+STAGES = {DenoisingConfig: DenoisingStage}
+"""Which stage serves which configuration."""
+
+
+def build_stage(config: RunConfig, world: World, weights: Weights | None = None) -> Stage:
+    """The stage that `config` asks for; arguments as in `Stage.build`."""
+    return STAGES[type(config.stage)].build(config, world, weights)
+
+
+__all__ = ["STAGES", "Batch", "DenoisingStage", "Stage", "build_stage"]

@@ -1,0 +1,77 @@
+"""What the trainer expects of a stage."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from maskdm_fast.train.checkpoint import Weights
+from maskdm_fast.train.config import RunConfig
+from maskdm_fast.train.engine import World
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch on the device.
+
+    Attributes:
+        images: uint8 ``[B, h, w, C]``.
+        labels: int64 ``[B]``, -1 where an image has no class.
+        slots: int64 ``[B]``, places in the global batch; every random draw for image i uses ``slots[i]``.
+    """
+
+    images: Tensor
+    labels: Tensor
+    slots: Tensor
+
+
+class Stage(Protocol):
+    """Networks, losses and updates of one kind of training.
+
+    A stage keeps no state that `state_dict` leaves out: with the step number and the batches, its state decides the
+    next one.
+    """
+
+    @classmethod
+    def build(cls, config: RunConfig, world: World, weights: Weights | None) -> "Stage":
+        """Make networks and engines.
+
+        Args:
+            config: of the run.
+            world: the processes that train.
+            weights: what to begin with (optimizer and moving average start fresh); None: drawn from the run's seed.
+
+        Raises:
+            ValueError: `weights` do not fit; the message names the tensors.
+        """
+        ...
+
+    def step(self, batches: Sequence[Batch], step: int) -> dict[str, Tensor]:
+        """One optimizer step on this process's part of the global batch, in micro-batches.
+
+        Args:
+            batches: the micro-batches.
+            step: optimizer steps done before this one.
+
+        Returns:
+            What to log, 0-d tensors on the device: at least ``loss`` and ``grad_norm``. Nothing here waits for the
+            device.
+        """
+        ...
+
+    def lr(self, step: int) -> float:
+        """Learning rate used by the step that follows `step` finished ones."""
+        ...
+
+    def preview(self, num_images: int) -> Tensor:
+        """Sample from the averaged weights: uint8 ``[num_images, h, w, C]`` on the CPU, always with the same noise."""
+        ...
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Groups of tensors by name; ``model`` and ``ema`` are complete state dicts of the network to be sampled."""
+        ...
+
+    def load_state_dict(self, groups: Mapping[str, dict[str, Tensor]]) -> None:
+        """Continue from what `state_dict` returned."""
+        ...

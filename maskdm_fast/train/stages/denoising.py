@@ -1,0 +1,105 @@
+"""Denoising on visible patches: pretraining with a mask; fine-tuning or training from scratch without one."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from maskdm_fast.diffusion import MaskedObjective, make_schedule
+from maskdm_fast.models import UViT
+from maskdm_fast.train.checkpoint import Weights
+from maskdm_fast.train.config import RunConfig
+from maskdm_fast.train.engine import Engine, OptimizerSettings, PlainEngine, World
+from maskdm_fast.train.generation import generate
+from maskdm_fast.train.stages.base import Batch
+
+_PREVIEW_STEPS = 25
+_SHOWN = 10
+
+
+class DenoisingStage:
+    """Implements `Stage` with one network and the masked denoising loss.
+
+        step:  loss = mean over the global batch of the images' losses;  AdamWEMA with gradient clipping
+
+    Args:
+        config: of the run.
+        engine: holds the network.
+    """
+
+    def __init__(self, config: RunConfig, engine: Engine) -> None:
+        stage = config.stage
+        self._config, self._engine = config, engine
+        self._objective = MaskedObjective(
+            make_schedule(config.diffusion.schedule),
+            stage.mask,
+            config.model.patch_size,
+            prediction=config.diffusion.prediction,
+            hflip=stage.hflip,
+            label_drop=stage.label_drop,
+            layout="bhwc",
+        )
+
+    @classmethod
+    def build(cls, config: RunConfig, world: World, weights: Weights | None) -> "DenoisingStage":
+        stage = config.stage
+        settings = OptimizerSettings(stage.betas, stage.weight_decay, stage.max_grad_norm, stage.ema_decay)
+        model = UViT(config.model, seed=config.seed)
+        if weights is not None:
+            _load(model, weights)
+        return cls(config, PlainEngine(model, settings, world=world, precision=config.precision))
+
+    def step(self, batches: Sequence[Batch], step: int) -> dict[str, Tensor]:
+        loss = torch.zeros((), device=self._engine.device)
+        for batch in batches:
+            with self._engine.autocast():
+                labels = batch.labels if self._config.model.num_classes else None
+                out = self._objective(
+                    self._engine.model, batch.images, labels, seed=self._config.seed, step=step, slots=batch.slots
+                )
+            # Each image weighs 1 / batch_size, so the split into micro-batches changes nothing but rounding.
+            share = out["loss"] * (len(batch.slots) / self._config.stage.batch_size)
+            self._engine.backward(share)
+            loss = loss + share.detach()
+        return {"loss": loss, "grad_norm": self._engine.step(self.lr(step))}
+
+    def lr(self, step: int) -> float:
+        return self._config.stage.lr_at(step)
+
+    def preview(self, num_images: int) -> Tensor:
+        return generate(
+            self._config,
+            self._engine.state_dict()["ema"],
+            num_images,
+            num_steps=_PREVIEW_STEPS,
+            seed=self._config.seed,
+            device=self._engine.device,
+        )
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        return self._engine.state_dict()
+
+    def load_state_dict(self, groups: Mapping[str, dict[str, Tensor]]) -> None:
+        self._engine.load_state_dict(groups)
+
+
+def _load(model: nn.Module, weights: Weights) -> None:
+    """Load trained weights, or raise ValueError naming every tensor that does not fit."""
+    own = model.state_dict()
+    problems = [
+        f"{name}: {_shape(weights.tensors.get(name))} there, {_shape(own.get(name))} here"
+        for name in sorted(own.keys() | weights.tensors.keys())
+        if _shape(own.get(name)) != _shape(weights.tensors.get(name))
+    ]
+    if problems:
+        shown = "".join(f"\n  {problem}" for problem in problems[:_SHOWN])
+        more = f"\n  ... and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise ValueError(
+            f"the weights of {weights.checkpoint.path} do not fit this model:{shown}{more}\n"
+            "Give both runs the same model options."
+        )
+    model.load_state_dict(weights.tensors)
+
+
+def _shape(tensor: Tensor | None) -> str:
+    return "absent" if tensor is None else str(list(tensor.shape))
