@@ -4,9 +4,9 @@ Both walk down a sub-sequence of times t -> s with one linear rule,
 
     x_s = c_x0 x0 + c_xt x_t + std z,    x0 = denoiser(x_t, t), clipped to [-1, 1] if asked,    z ~ N(0, I)
 
-whose coefficients are worked out on the host in float64, in forms that subtract nothing close. The direction is thereby
-the noise that belongs to the x0 in use: after clipping, eps = (x_t - alpha x0) / sigma follows the clipped x0, where
-the code published with MaskDM keeps the network's own.
+whose coefficients are worked out on the host in float64, from roots of sums that no rounding turns negative. The
+direction is thereby the noise that belongs to the x0 in use: after clipping, eps = (x_t - alpha x0) / sigma follows the
+clipped x0, where the code published with MaskDM keeps the network's own.
 """
 
 import contextlib
@@ -154,9 +154,12 @@ def sample(
     Raises:
         ValueError: if an argument is out of range or does not fit another.
     """
-    for name, value in (("num_images", num_images), ("batch_size", batch_size), ("patch_size", patch_size)):
+    sizes = {"num_images": num_images, "batch_size": batch_size, "patch_size": patch_size, "channels": channels}
+    for name, value in sizes.items():
         if value < 1:
             raise ValueError(f"sample: {name} is {value}, want at least 1")
+    if first_slot < 0:
+        raise ValueError(f"sample: first_slot is {first_slot}, want 0 or more")
     if image_size < 1 or image_size % patch_size:
         raise ValueError(f"sample: image_size is {image_size}, want a multiple of patch_size {patch_size}")
     if labels is not None and labels.shape != (num_images,):
