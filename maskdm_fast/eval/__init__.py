@@ -1,4 +1,7 @@
-"""Evaluation: feature networks, distances with their floors, sample grids, nearest neighbours, and the report."""
+"""Evaluation: feature networks, distances with their floors, sample grids, nearest neighbours, and the report.
+
+The report lies in `results` (its data), `report` (HTML) and `summary` (terminal).
+"""
 
 from .distances import Scores, compare, frechet_distance, kernel_distance, subset_indices
 from .features import FeatureNetwork, cached_features, compute_features, load_features

@@ -141,7 +141,7 @@ class Scores:
     def __str__(self) -> str:
         return (
             f"{self.fd_name} {self.fd:.2f} (floor {self.fd_floor:.2f}), "
-            f"{self.kid_name} {1e3 * self.kid:.3f}e-3 (floor {1e3 * self.kid_floor:.3f}e-3); {self.sizes}"
+            f"{self.kid_name} {self.kid:.4f} (floor {self.kid_floor:.4f}); {self.sizes}"
         )
 
     @property

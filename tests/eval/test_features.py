@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from maskdm_fast.eval import cached_features, compute_features, load_features
 from maskdm_fast.eval.features import InceptionFeatures, LiteFeatures
 
-
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated:FutureWarning")
 
 
