@@ -1,0 +1,175 @@
+"""Builds the native libraries with CMake and packs them as plain data: no Python ABI, one wheel per platform.
+
+Environment:
+    MASKDM_WITH_NATIVE=0    do not compile anything; =1: fail when it cannot be compiled (default: warn and go on)
+    MASKDM_SANITIZE=1       build with AddressSanitizer and UndefinedBehaviorSanitizer
+    CUDA_HOME               root of the CUDA toolkit, looked at first
+"""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Distribution, Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+def _toolkit_root_of(nvcc: str) -> Path | None:
+    """The root that `nvcc` itself reports; unlike the path it was found at, right for wrapper scripts and links too."""
+    try:
+        result = subprocess.run(
+            [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    match = re.search(r"^#\$ TOP=(.+)$", result.stderr, re.MULTILINE)
+    return Path(match[1].strip()).resolve() if match else None
+
+
+def _is_toolkit(root: Path) -> bool:
+    files = (root / "bin" / "nvcc", root / "include" / "cuda_runtime.h")
+    return all(file.exists() for file in files) and (root / "lib64").is_dir()
+
+
+def find_cuda_toolkit(environ: dict[str, str], standard: str = "/usr/local/cuda") -> dict[str, str]:
+    """Find a CUDA toolkit: CUDA_HOME, then the standard install location, then nvcc on PATH.
+
+    Returns:
+        ``{"root", "found_by", "version"}``, or ``{"missing": reason}``. A root counts only when it holds bin/nvcc,
+        include/cuda_runtime.h and lib64/.
+    """
+    candidates: list[tuple[str, Path]] = []
+    if environ.get("CUDA_HOME"):
+        candidates.append(("CUDA_HOME", Path(environ["CUDA_HOME"])))
+    candidates.append(("standard location", Path(standard)))
+    nvcc = shutil.which("nvcc", path=environ.get("PATH", ""))
+    if nvcc is not None:
+        root = _toolkit_root_of(nvcc)
+        if root is not None:
+            candidates.append(("nvcc on PATH", root))
+    for found_by, path in candidates:
+        root = path.resolve()
+        if _is_toolkit(root):
+            output = subprocess.run([root / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
+            match = re.search(r"release ([\d.]+)", output)
+            return {"root": str(root), "found_by": found_by, "version": match[1] if match else "unknown"}
+    tried = ", ".join(f"{path} ({found_by})" for found_by, path in candidates)
+    return {"missing": f"no CUDA toolkit with bin/nvcc, include/cuda_runtime.h and lib64/ at: {tried}"}
+
+
+class BuildNative(build_ext):
+    """Runs CMake and puts the libraries, with a record of how they were built, into ``maskdm_fast/lib``."""
+
+    def run(self) -> None:
+        in_place = self.inplace or self.editable_mode
+        target = (ROOT if in_place else Path(self.build_lib)) / "maskdm_fast" / "lib"
+        wanted = os.environ.get("MASKDM_WITH_NATIVE", "auto")
+        record: dict[str, object] = {"cuda_toolkit": find_cuda_toolkit(dict(os.environ))}
+        if wanted == "0":
+            record["skipped"] = "MASKDM_WITH_NATIVE=0"
+        else:
+            try:
+                record |= self.compile(target)
+            except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+                if wanted == "1":
+                    raise
+                record["failed"] = str(error)
+                self.warn_loudly(str(error))
+        target.mkdir(parents=True, exist_ok=True)
+        if "compiler" not in record:
+            for stale in target.glob("*.so"):
+                stale.unlink()
+        (target / "build.json").write_text(json.dumps(record, indent=2) + "\n")
+        print("maskdm_fast native build:", json.dumps(record))
+
+    def compile(self, target: Path) -> dict[str, str]:
+        spec = importlib.util.find_spec("torch")
+        if spec is None:
+            raise RuntimeError(
+                "torch is not installed in the build environment; install it, then build again "
+                "with --no-build-isolation"
+            )
+        torch_root = Path(spec.origin).parent
+        build = Path(self.build_temp) / "native"
+        cmake = shutil.which("cmake")
+        if cmake is None:
+            raise RuntimeError("cmake was not found; pip install cmake")
+        options = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "TORCH_INCLUDE_DIR": torch_root / "include",
+            "TORCH_LIB_DIR": torch_root / "lib",
+            "CMAKE_INSTALL_PREFIX": target.resolve(),
+            "MASKDM_SANITIZE": "ON" if os.environ.get("MASKDM_SANITIZE") == "1" else "OFF",
+        }
+        # A fresh cache: one of an earlier build may name a compiler or a torch that is gone.
+        shutil.rmtree(build, ignore_errors=True)
+        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+        settings = [f"-D{key}={value}" for key, value in options.items()]
+        self.call([cmake, "-S", str(ROOT), "-B", str(build), *generator, *settings])
+        self.call([cmake, "--build", str(build), "--parallel", str(os.cpu_count())])
+        self.call([cmake, "--install", str(build)])
+        cache = (build / "CMakeCache.txt").read_text()
+        compiler = re.search(r"^CMAKE_CXX_COMPILER:\w+=(.+)$", cache, re.MULTILINE)
+        version = (torch_root / "version.py").read_text()
+        return {
+            "compiler": compiler[1] if compiler else "unknown",
+            "built_with_torch": re.search(r"__version__ = '([^']+)'", version)[1],
+        }
+
+    def call(self, command: list[str]) -> None:
+        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        sys.stdout.write(result.stdout)
+        if result.returncode:
+            tail = "\n".join(result.stdout.strip().splitlines()[-15:])
+            raise RuntimeError(f"`{' '.join(command[:3])} ...` failed with exit code {result.returncode}:\n{tail}")
+
+    def warn_loudly(self, reason: str) -> None:
+        line = "!" * 100
+        sys.stderr.write(
+            f"\n{line}\n"
+            "!! maskdm_fast is installed WITHOUT its native kernels and will run on the slow reference backend.\n"
+            f"!! Why: {reason}\n"
+            "!! Mend it (a C++20 compiler: GCC >= 11 or Clang >= 14), then install again.\n"
+            f"!! `maskdm-fast info` shows the state.\n{line}\n\n"
+        )
+
+    def get_outputs(self) -> list[str]:
+        return [str(path) for path in (Path(self.build_lib) / "maskdm_fast" / "lib").glob("*")]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+    def get_source_files(self) -> list[str]:
+        sources = sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
+        return ["CMakeLists.txt", *(str(path.relative_to(ROOT)) for path in sources)]
+
+
+class PlatformWheel(bdist_wheel):
+    """Tags the wheel py3-none-PLATFORM: the libraries are loaded by torch and know nothing of Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+class BinaryDistribution(Distribution):
+    def has_ext_modules(self) -> bool:
+        return True
+
+
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension("maskdm_fast.lib", sources=[])],
+        cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
+        distclass=BinaryDistribution,
+    )
