@@ -1,0 +1,42 @@
+// gather:  out[t] = x[b, ids[t]]                                    for the tokens t of image b
+// scatter: out[b, n] = x[t] where ids[t] == n, else base[b, n], or 0 without a base
+//
+// Rows are copied as bytes, so one kernel serves every dtype. Bytes moved: gather 2 T row; scatter (T + 2 B N) row, every
+// output row is written once.
+#pragma once
+
+#include "common/isa.h"
+#include "common/segments.h"
+
+namespace maskdm {
+
+struct GatherArgs {
+  Segments segments;
+  int64_t num_tokens;  // N
+  int64_t row_bytes;
+  const int64_t* ids;                     // [T]
+  const char* x;                          // [B, N, row]
+  int64_t x_image_bytes, x_token_bytes;   // strides of x
+  char* out;                              // [T, row]
+};
+
+struct ScatterArgs {
+  Segments segments;
+  int64_t num_tokens;
+  int64_t row_bytes;
+  const int64_t* ids;                          // [T], distinct within an image
+  const char* x;                               // [T, row]
+  const char* base;                            // [B, N, row], or null
+  int64_t base_image_bytes, base_token_bytes;  // strides of base
+  char* out;                                   // [B, N, row]
+};
+
+struct GatherTokensKernels {
+  void (*gather)(const GatherArgs&, int64_t image_begin, int64_t image_end);
+  // `source` holds num_tokens int64 of scratch for each calling thread.
+  void (*scatter)(const ScatterArgs&, int64_t* source, int64_t image_begin, int64_t image_end);
+};
+
+MASKDM_DECLARE_KERNELS(GatherTokensKernels, gather_tokens_kernels)
+
+}  // namespace maskdm

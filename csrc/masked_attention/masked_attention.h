@@ -1,0 +1,49 @@
+// For each image (segment of L tokens) and head, with q, k, v [L, E]:
+//
+//   S = scale q k^T,   P = softmax(S),   o = P v,   lse = log sum_j exp(S_ij)
+//
+// and backward, with delta_i = sum_e grad_o_ie o_ie:
+//
+//   grad_v = P^T grad_o,   dS = P (grad_o v^T - delta),   grad_q = scale dS k,   grad_k = scale dS^T q
+//
+// One item is one (image, head). Its k^T, v and a block of kRowBlock rows of S stay in cache; q, k, v are read once through
+// their strides and no other layout of them is ever written to memory. FLOPs: 4 L^2 E forward, 10 L^2 E backward (S is
+// computed again from lse). Every element of every gradient is written by one item in one order: deterministic.
+#pragma once
+
+#include "common/dtype.h"
+#include "common/isa.h"
+#include "common/segments.h"
+
+namespace maskdm {
+
+// A [B, K, H, E] or [T, H, E] tensor with unit stride in E. Packed tensors have image = K * token and use token alone.
+struct HeadsView {
+  const char* data;
+  int64_t image, token, head;  // strides in elements
+};
+
+struct AttentionArgs {
+  DType dtype;
+  Segments segments;
+  int64_t num_heads, head_dim, longest;  // longest: the largest L
+  double scale;
+  HeadsView q, k, v;
+  // forward: written; backward: read. Contiguous [T, H, E] and [T, H].
+  char* o;
+  char* lse;
+  // backward only
+  HeadsView grad_o;
+  char* grad_qkv;  // contiguous [T, 3, H, E]
+};
+
+struct MaskedAttentionKernels {
+  int64_t (*forward_scratch)(const AttentionArgs&);
+  void (*forward)(const AttentionArgs&, char* scratch, int64_t begin, int64_t end);
+  int64_t (*backward_scratch)(const AttentionArgs&);
+  void (*backward)(const AttentionArgs&, char* scratch, int64_t begin, int64_t end);
+};
+
+MASKDM_DECLARE_KERNELS(MaskedAttentionKernels, masked_attention_kernels)
+
+}  // namespace maskdm

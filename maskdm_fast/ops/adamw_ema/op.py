@@ -1,0 +1,114 @@
+"""adamw_ema: clip scale, decoupled AdamW, EMA and a low-precision copy in one pass over memory."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from maskdm_fast.ops import backend as backends
+from maskdm_fast.ops.adamw_ema import native_impl, reference
+from maskdm_fast.ops.checks import FLOATING, accumulate_dtype, check_device, check_dtype, check_shape
+
+IMPL = {"reference": reference, "cpu": native_impl}
+
+_OP = "adamw_ema"
+
+
+def _check_list(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+    if len(tensors) != len(params):
+        raise ValueError(f"{_OP}: {name} has {len(tensors)} tensors, want {len(params)}")
+    for index, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
+        label = f"{name}[{index}]"
+        if name == "grads":
+            wanted = (param.dtype,)
+        elif name == "copies":
+            wanted = (torch.float16, torch.bfloat16)
+        else:
+            wanted = (accumulate_dtype(param.dtype),)
+        check_dtype(_OP, label, tensor, wanted)
+        check_device(_OP, label, tensor, params[0].device)
+        check_shape(_OP, label, tensor, *param.shape)
+        if name != "grads" and not tensor.is_contiguous():
+            raise ValueError(f"{_OP}: {label} is not contiguous, and it is written in place")
+
+
+@torch.no_grad()
+def adamw_ema(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    emas: Sequence[Tensor],
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    step: int,
+    ema_decay: float,
+    grad_scale: Tensor | None = None,
+    copies: Sequence[Tensor] = (),
+    backend: str | None = None,
+) -> None:
+    """One optimizer step, in place, for every parameter p with gradient g:
+
+        g    = grad_scale g
+        m    = beta1 m + (1 - beta1) g,    v = beta2 v + (1 - beta2) g^2
+        p    = (1 - lr weight_decay) p - lr m_hat / (sqrt(v_hat) + eps),    m_hat = m / (1 - beta1^step), v_hat alike
+        ema  = ema + (1 - ema_decay) (p - ema)
+        copy = p rounded
+
+    Args:
+        params: float32, float16, bfloat16 or float64 tensors, contiguous. 16-bit parameters are updated in float32 and
+            rounded; their `emas` average the unrounded values.
+        grads: gradients of the same shapes and dtypes.
+        exp_avgs, exp_avg_sqs, emas: m, v and EMA of the same shapes, contiguous; float64 for float64, else float32.
+        lr: learning rate, >= 0.
+        betas: decay rates of m and v, in [0, 1).
+        eps: added to the root of v_hat, >= 0.
+        weight_decay: decoupled weight decay, >= 0.
+        step: index of this step, from 1.
+        ema_decay: in [0, 1].
+        grad_scale: float32 scalar tensor, e.g. the clipping factor; None: 1. Read on the device, without a wait.
+        copies: float16 or bfloat16 tensors that receive the new parameters; empty: none.
+        backend: ``"reference"`` or ``"cpu"``; None chooses.
+
+    Raises:
+        ValueError, TypeError: wrong shape, length, layout, value or device; wrong dtype.
+        RuntimeError: the named backend cannot run.
+
+    Source: Loshchilov and Hutter (arXiv 1711.05101), algorithm 2.
+    """
+    if not params:
+        return
+    for index, param in enumerate(params):
+        check_dtype(_OP, f"params[{index}]", param, FLOATING)
+        check_device(_OP, f"params[{index}]", param, params[0].device)
+        if not param.is_contiguous():
+            raise ValueError(f"{_OP}: params[{index}] is not contiguous, and it is written in place")
+    _check_list("grads", grads, params)
+    _check_list("exp_avgs", exp_avgs, params)
+    _check_list("exp_avg_sqs", exp_avg_sqs, params)
+    _check_list("emas", emas, params)
+    if copies:
+        _check_list("copies", copies, params)
+    if grad_scale is not None:
+        check_dtype(_OP, "grad_scale", grad_scale, (torch.float32,))
+        check_shape(_OP, "grad_scale", grad_scale)
+        check_device(_OP, "grad_scale", grad_scale, params[0].device)
+    beta1, beta2 = betas
+    for name, value, good in (
+        ("lr", lr, lr >= 0),
+        ("betas[0]", beta1, 0 <= beta1 < 1),
+        ("betas[1]", beta2, 0 <= beta2 < 1),
+        ("eps", eps, eps >= 0),
+        ("weight_decay", weight_decay, weight_decay >= 0),
+        ("step", step, step >= 1),
+        ("ema_decay", ema_decay, 0 <= ema_decay <= 1),
+    ):
+        if not good:
+            raise ValueError(f"{_OP}: {name} is {value}, outside its range")
+    IMPL[backends.choose(_OP, params[0].device, backend)].step_(
+        list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), list(emas), list(copies), grad_scale,
+        lr, beta1, beta2, eps, weight_decay, step, ema_decay,
+    )  # fmt: skip

@@ -1,0 +1,36 @@
+"""Ground truth of adamw_ema in plain PyTorch."""
+
+import math
+
+from torch import Tensor
+
+
+def step_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    emas: list[Tensor],
+    copies: list[Tensor],
+    grad_scale: Tensor | None,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    ema_decay: float,
+) -> None:
+    bias1, bias2_sqrt = 1.0 - beta1**step, math.sqrt(1.0 - beta2**step)
+    for index, (param, grad, m, v, ema) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, emas, strict=True)):
+        g = grad.to(m.dtype)
+        if grad_scale is not None:
+            g = g * grad_scale.to(m.dtype)
+        m.mul_(beta1).add_(g, alpha=1.0 - beta1)
+        v.mul_(beta2).add_(g * g, alpha=1.0 - beta2)
+        update = m / (v.sqrt() / bias2_sqrt + eps)
+        new = param.to(m.dtype) * (1.0 - lr * weight_decay) - (lr / bias1) * update
+        ema.lerp_(new, 1.0 - ema_decay)
+        param.copy_(new)
+        if copies:
+            copies[index].copy_(param)

@@ -1,0 +1,121 @@
+"""noise_visible_patches: uint8 images in, noisy visible tokens and their targets out."""
+
+import torch
+from torch import Tensor
+
+from maskdm_fast import random
+from maskdm_fast.ops import backend as backends
+from maskdm_fast.ops.checks import FLOATING, accumulate_dtype, check_device, check_dtype, check_shape
+from maskdm_fast.ops.noise_visible_patches import native_impl, reference
+
+IMPL = {"reference": reference, "cpu": native_impl}
+
+_OP = "noise_visible_patches"
+_PREDICTIONS = ("eps", "x0", "v")
+
+
+def _check_images(images: Tensor, patch_size: int, layout: str) -> int:
+    """Check `images` and return N, the number of patches of each."""
+    check_dtype(_OP, "images", images, (torch.uint8, *FLOATING))
+    if layout == "bchw":
+        check_shape(_OP, "images", images, "B", "C", "height", "width")
+        height, width = images.shape[2:]
+    elif layout == "bhwc":
+        check_shape(_OP, "images", images, "B", "height", "width", "C")
+        height, width = images.shape[1:3]
+    else:
+        raise ValueError(f"{_OP}: layout is {layout!r}, want 'bchw' or 'bhwc'")
+    if patch_size < 1 or height % patch_size or width % patch_size:
+        raise ValueError(f"{_OP}: patch_size {patch_size} does not divide images of {height} x {width} pixels")
+    return (height // patch_size) * (width // patch_size)
+
+
+def noise_visible_patches(
+    images: Tensor,
+    ids_keep: Tensor | None,
+    alpha: Tensor,
+    sigma: Tensor,
+    *,
+    patch_size: int,
+    prediction: str = "eps",
+    seed: int,
+    step: int | Tensor,
+    slots: Tensor | None = None,
+    flip: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+    layout: str = "bchw",
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Diffuse the visible patches of images; masked patches are neither read nor noised.
+
+        xt = alpha x0 + sigma eps
+        target = eps | x0 | alpha eps - sigma x0    for prediction eps | x0 | v
+
+    ``eps`` is a pure function of ``(seed, step, slot, element)`` with ``element = n P P C + (py P + px) C + c`` for
+    pixel ``(py, px)`` and channel c of patch n (`maskdm_fast.random`, stream NOISE), the same whatever is visible. It
+    is computed in float32 (float64 if `out_dtype` is float64). No gradient flows to any argument.
+
+    Args:
+        images: ``[B, C, height, width]``, or ``[B, height, width, C]`` for layout ``"bhwc"``, any strides. uint8 in
+            0..255 (``x0 = u / 127.5 - 1``), or floating point, taken as x0 in [-1, 1].
+        ids_keep: int64 ``[B, K]``, patch indices in row-major order, ``0 <= id < N``; None: all patches in order.
+        alpha: signal coefficient of each image, floating point ``[B]``.
+        sigma: noise coefficient of each image, floating point ``[B]``.
+        patch_size: P in pixels; divides height and width.
+        prediction: ``"eps"``, ``"x0"`` or ``"v"``.
+        seed: ``0 <= seed < 2**63``.
+        step: optimizer step, an int, or an int64 scalar tensor on the device of `images`.
+        slots: int64 ``[B]``, places in the global batch; None: ``0 .. B - 1``.
+        flip: bool ``[B]``, True mirrors an image left-right before it is cut into patches.
+        out_dtype: float32, float16, bfloat16 or float64.
+        layout: ``"bchw"`` or ``"bhwc"``.
+        backend: ``"reference"`` or ``"cpu"``; None chooses.
+
+    Returns:
+        ``(xt, target)``, both ``[B, K, P*P*C]`` of `out_dtype`, values of a patch in the order (py, px, c).
+
+    Raises:
+        ValueError, TypeError: wrong shape, value or device; wrong dtype.
+        RuntimeError: an id out of range (checked on CPU); the named backend cannot run.
+
+    Source: MaskDM (arXiv 2306.11363), eq. 2; the v target is Salimans and Ho (arXiv 2202.00512).
+    """
+    num_patches = _check_images(images, patch_size, layout)
+    num_images, device = images.shape[0], images.device
+    if ids_keep is not None:
+        check_dtype(_OP, "ids_keep", ids_keep, (torch.int64,))
+        check_shape(_OP, "ids_keep", ids_keep, num_images, "K")
+        check_device(_OP, "ids_keep", ids_keep, device)
+        if ids_keep.shape[1] > num_patches:
+            raise ValueError(f"{_OP}: ids_keep names {ids_keep.shape[1]} patches of images that have {num_patches}")
+    for name, coefficient in (("alpha", alpha), ("sigma", sigma)):
+        check_dtype(_OP, name, coefficient, FLOATING)
+        check_shape(_OP, name, coefficient, num_images)
+        check_device(_OP, name, coefficient, device)
+    if prediction not in _PREDICTIONS:
+        raise ValueError(f"{_OP}: prediction is {prediction!r}, want one of {', '.join(_PREDICTIONS)}")
+    if out_dtype not in FLOATING:
+        raise TypeError(f"{_OP}: out_dtype is {out_dtype}, want float32, float16, bfloat16 or float64")
+    random.check_seed(seed)
+    if slots is None:
+        slots = torch.arange(num_images, device=device)
+    check_dtype(_OP, "slots", slots, (torch.int64,))
+    check_shape(_OP, "slots", slots, num_images)
+    check_device(_OP, "slots", slots, device)
+    if flip is not None:
+        check_dtype(_OP, "flip", flip, (torch.bool,))
+        check_shape(_OP, "flip", flip, num_images)
+        check_device(_OP, "flip", flip, device)
+    if isinstance(step, Tensor):
+        check_dtype(_OP, "step", step, (torch.int64,))
+        check_shape(_OP, "step", step)
+        check_device(_OP, "step", step, device)
+    else:
+        # A kernel argument in memory: a captured or compiled step does not have to be rebuilt for each value.
+        step = torch.full((), step, dtype=torch.int64, device=device)
+    dtype = accumulate_dtype(out_dtype)
+    with torch.no_grad():
+        return IMPL[backends.choose(_OP, device, backend)].forward(
+            images, ids_keep, alpha.to(dtype), sigma.to(dtype), slots, step, flip, patch_size, layout == "bhwc",
+            prediction, seed, out_dtype,
+        )  # fmt: skip
