@@ -13,6 +13,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from maskdm_fast.ops import backend
 from maskdm_fast.optim import AdamWEMA
 
 Precision = Literal["fp32", "bf16"]
@@ -48,13 +49,13 @@ def make_world(device: str = "auto") -> World:
         ValueError: the device does not exist here.
     """
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return World(backend.default_device())
     try:
         found = torch.device(device)
     except RuntimeError:
         raise ValueError(f"device {device!r} is not known; want auto, cpu, cuda or cuda:INDEX") from None
     if found.type == "cuda":
-        count = torch.cuda.device_count()
+        count = len(backend.devices()["cuda"])
         if (found.index or 0) >= count:
             raise ValueError(f"device {device!r} is not there: PyTorch sees {count} CUDA devices; use --device cpu")
     elif found.type != "cpu":

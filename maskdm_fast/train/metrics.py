@@ -8,7 +8,6 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 import maskdm_fast
+from maskdm_fast.ops import backend
 
 METRICS_NAME = "metrics.jsonl"
 
@@ -180,13 +180,11 @@ def git_commit() -> str | None:
 
 def package_versions() -> dict[str, str | None]:
     """Versions of this package, Python and the packages that matter to results; None where one is not installed."""
-    versions: dict[str, str | None] = {"maskdm_fast": maskdm_fast.__version__, "python": platform.python_version()}
-    for name in ("torch", "triton", "deepspeed", "xformers", "numpy", "safetensors", "torchmetrics"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
-    return versions
+    return {
+        "maskdm_fast": maskdm_fast.__version__,
+        "python": platform.python_version(),
+        **backend.package_versions(),
+    }
 
 
 def machine() -> dict[str, Any]:
@@ -194,9 +192,6 @@ def machine() -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-        ]
-        cpu = names[0] if names else cpu
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"system": platform.platform(), "cpu": cpu, "cores": cores, "threads": torch.get_num_threads()}
+        models = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        cpu = models[0].split(":", 1)[1].strip() if models else cpu
+    return {"system": platform.platform(), "cpu": cpu, "devices": backend.devices()}

@@ -1,6 +1,8 @@
 """What a person sees while a run goes on: a bar on a terminal, a line per log interval elsewhere."""
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 from maskdm_fast.train.config import DenoisingConfig
@@ -59,6 +61,21 @@ class Progress:
         if self._limits.max_seconds is not None:
             seconds = min(seconds, self._limits.max_seconds - record["seconds"])
         return format_seconds(max(0.0, seconds))
+
+
+@contextmanager
+def step_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A function ``progress(done, total)`` that draws a bar on a terminal, and nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    with require("tqdm").tqdm(desc=title, leave=False) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress
 
 
 def format_seconds(seconds: float) -> str:

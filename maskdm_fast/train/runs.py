@@ -62,8 +62,7 @@ def train_recipe(recipe: Recipe, folder: Path | str) -> TrainResult:
 
 def open_store(config: RunConfig) -> ImageStore:
     """The run's data set, packed if it was not; ValueError if the model does not fit it."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    cache_dir = config.machine.cache_dir or base / "maskdm_fast"
+    cache_dir = config.machine.cache_dir or default_cache_dir()
     store = open_dataset(config.data, config.model.image_size, cache_dir=cache_dir, skip_bad=config.skip_bad)
     if store.channels != config.model.channels:
         raise ValueError(f"the images have {store.channels} channels, the model takes {config.model.channels}")
@@ -73,6 +72,11 @@ def open_store(config: RunConfig) -> ImageStore:
             f"num_classes is {config.model.num_classes}, but the data set has {classes} classes; want 0 or {classes}"
         )
     return store
+
+
+def default_cache_dir() -> Path:
+    """Where packed data sets are kept: ``$XDG_CACHE_HOME/maskdm_fast``, or ``~/.cache/maskdm_fast``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maskdm_fast"
 
 
 def _initial_weights(config: RunConfig, folder: Path) -> checkpoints.Weights:

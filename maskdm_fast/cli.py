@@ -1,0 +1,256 @@
+"""The command line: ``maskdm-fast {demo,train,sample,evaluate,info}``.
+
+Exit codes: 0 done (also after SIGTERM or Ctrl-C, which save first); 1 training diverged; 2 the command cannot work
+as given; 130 stopped by a second Ctrl-C.
+"""
+
+import dataclasses
+import difflib
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+
+if TYPE_CHECKING:
+    from maskdm_fast.train.config import Recipe, RunConfig
+
+T = TypeVar("T")
+
+PROGRAM = "maskdm-fast"
+TRACEBACK_VARIABLE = "MASKDM_FAST_TRACEBACK"
+
+_USAGE = f"""\
+usage: {PROGRAM} COMMAND [OPTIONS]
+
+Masked diffusion training: pretrain on the visible patches of an image, fine-tune on whole images, sample, score.
+
+commands:
+  demo      train a small model two ways for the same time and compare them in a report (6 minutes on 2 CPU cores)
+  train     start or resume a run from a preset
+  sample    draw images from a run
+  evaluate  score a run, or a folder of images, against real images
+  info      what this machine can run, and what is missing
+
+examples:
+  {PROGRAM} demo --smoke
+  {PROGRAM} train emoji32 --pretrain.num-images 200000 --finetune.num-images 50000 --out runs/first
+  {PROGRAM} sample runs/first --num-images 64 --out grid.png
+  {PROGRAM} evaluate runs/first --num-images 500
+
+{PROGRAM} COMMAND --help explains the options of a command.
+With {TRACEBACK_VARIABLE}=1 in the environment an error shows where it was raised.
+"""
+
+
+class UsageError(ValueError):
+    """The command line cannot be understood; the message says how to mend it."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code. Errors of the user are one line on stderr, not a traceback."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    warnings.showwarning = lambda message, *_, **__: print(f"{PROGRAM}: warning: {message}", file=sys.stderr)
+    try:
+        return _dispatch(arguments)
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: aborted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains again when it exits
+        return 141
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        if os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        # By name: importing the class would import torch, also when only --help is asked for.
+        return 1 if type(error).__name__ == "TrainingDivergedError" else 2
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_USAGE, end="")
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from maskdm_fast import __version__
+
+        print(f"{PROGRAM} {__version__}")
+        return 0
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "demo": _demo,
+        "train": _train,
+        "sample": _sample,
+        "evaluate": _evaluate,
+        "info": _info,
+    }
+    name, *rest = arguments
+    if name not in commands:
+        raise UsageError(
+            f"unknown command '{name}'; the nearest is '{_nearest(name, commands)}' (see {PROGRAM} --help)"
+        )
+    return commands[name](rest)
+
+
+def _train(arguments: list[str]) -> int:
+    from maskdm_fast.train import PRESETS, Recipe, train, train_recipe
+    from maskdm_fast.train.progress import format_seconds
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_train_usage(PRESETS), end="")
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in PRESETS:
+        raise UsageError(
+            f"unknown preset '{name}'; the nearest is '{_nearest(name, PRESETS)}' (see {PROGRAM} train --help)"
+        )
+    config, out = _train_options(name, rest)
+    result = train_recipe(config, out) if isinstance(config, Recipe) else train(config, out)
+    print(
+        f"{result.folder}: {result.images:,} images in {format_seconds(result.seconds)} of training, "
+        f"ended by {result.reason}" + ("" if result.finished else "; the same command goes on")
+    )
+    return 0
+
+
+def _train_usage(presets: dict[str, Callable[[], Any]]) -> str:
+    rows = "\n".join(f"  {name:<18}{function.__doc__.splitlines()[0]}" for name, function in presets.items())
+    return f"""\
+usage: {PROGRAM} train PRESET [OPTIONS]
+
+Start a run, or go on with the one in the run folder: the same command resumes, from the newest whole checkpoint.
+
+presets:
+{rows}
+
+examples:
+  {PROGRAM} train emoji32
+  {PROGRAM} train emoji32-scratch --num-images 200000 --lr 5e-4 --out runs/scratch
+  {PROGRAM} train small64 --data ~/pictures --pretrain.mask block:0.75:2 --micro-batch-size 64
+  {PROGRAM} train emoji32-finetune --init-from runs/mine/1-pretrain --max-seconds 3600
+
+{PROGRAM} train PRESET --help shows every option with its unit and its default in that preset.
+"""
+
+
+def _train_options(preset: str, arguments: list[str]) -> "tuple[RunConfig | Recipe, Path]":
+    """The configuration of `preset` with the options of the command line, and the run folder."""
+    from maskdm_fast.train.config import DenoisingConfig, Recipe, RunConfig, SharedConfig
+    from maskdm_fast.train.extras import require
+    from maskdm_fast.train.presets import PRESETS
+
+    conf = require("tyro").conf
+    config = PRESETS[preset]()
+    shared = SharedConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(SharedConfig)})
+    stages = dict(config.stages) if isinstance(config, Recipe) else {"stage": config.stage}
+    # Options of a recipe's stages carry the stage's name (--pretrain.lr); where there is one stage they do not (--lr).
+    stage_type = DenoisingConfig if isinstance(config, Recipe) else Annotated[DenoisingConfig, conf.OmitArgPrefixes]
+    out_help = "Run folder. If it holds a run that was begun with the same options, that run goes on."
+    fields: list[tuple[str, Any, Any]] = [
+        ("out", Annotated[str, conf.arg(help=out_help)], f"runs/{preset}"),
+        ("shared", Annotated[SharedConfig, conf.OmitArgPrefixes], dataclasses.field(default_factory=lambda: shared)),
+    ]
+    for name, stage in stages.items():
+        fields.append((name, stage_type, dataclasses.field(default_factory=lambda stage=stage: stage)))
+    options_type = dataclasses.make_dataclass("TrainOptions", fields, frozen=True)
+    options_type.__doc__ = PRESETS[preset].__doc__
+    options = _parse(options_type, arguments, f"{PROGRAM} train {preset}")
+    values = {f.name: getattr(options.shared, f.name) for f in dataclasses.fields(SharedConfig)}
+    if isinstance(config, Recipe):
+        config = Recipe(**values, stages=tuple((name, getattr(options, name)) for name in stages))
+    else:
+        config = RunConfig(**values, stage=options.stage)
+    config.validate()
+    return config, Path(options.out)
+
+
+def _sample(arguments: list[str]) -> int:
+    from maskdm_fast import commands
+
+    commands.sample(_parse(commands.SampleOptions, arguments, f"{PROGRAM} sample"))
+    return 0
+
+
+def _evaluate(arguments: list[str]) -> int:
+    from maskdm_fast import commands
+
+    commands.evaluate(_parse(commands.EvaluateOptions, arguments, f"{PROGRAM} evaluate"))
+    return 0
+
+
+def _info(arguments: list[str]) -> int:
+    from maskdm_fast import commands
+
+    commands.info(_parse(commands.InfoOptions, arguments, f"{PROGRAM} info"))
+    return 0
+
+
+def _demo(arguments: list[str]) -> int:
+    from maskdm_fast import demo
+
+    return demo.run(_parse(demo.DemoOptions, arguments, f"{PROGRAM} demo"))
+
+
+def _parse(kind: type[T], arguments: list[str], program: str) -> T:
+    """Fill the dataclass `kind` from the command line; tyro prints errors and help and raises SystemExit."""
+    from maskdm_fast.train.extras import require
+
+    tyro = require("tyro")
+    settings = {"prog": program, "config": (tyro.conf.AvoidSubcommands,), "registry": _registry(tyro)}
+    options, unknown = tyro.cli(kind, args=arguments, return_unknown_args=True, **settings)
+    if unknown:
+        raise UsageError(
+            f"{program}: unknown option '{unknown[0]}'; the nearest is '{_nearest(unknown[0], _flags(kind))}' "
+            f"(see {program} --help)"
+        )
+    return options
+
+
+def _flags(kind: type, prefix: str = "") -> Iterator[str]:
+    """The options that tyro makes of a dataclass."""
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        inner = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+        if not dataclasses.is_dataclass(inner):
+            yield f"--{prefix}{name.replace('_', '-')}"
+        elif inner is hint:  # not marked to leave its name out
+            yield from _flags(inner, f"{prefix}{name}.")
+        else:
+            yield from _flags(inner, prefix)
+
+
+def _registry(tyro: Any) -> Any:
+    """Teaches tyro the text form of masks."""
+    from maskdm_fast.train.config import MASK_SYNTAX, Mask, format_mask, parse_mask
+
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def mask_rule(info: Any) -> Any:
+        if info.type != Mask:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar=MASK_SYNTAX,
+            instance_from_str=lambda words: parse_mask(words[0]),
+            is_instance=lambda value: isinstance(value, Mask),
+            str_from_instance=lambda mask: [format_mask(mask)],
+        )
+
+    return registry
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """The most similar name; the part after a dot counts too, so that --lr finds --pretrain.lr."""
+
+    def last(text: str) -> str:
+        return text.lstrip("-").rpartition(".")[2]
+
+    def similarity(candidate: str) -> tuple[float, float]:
+        whole = difflib.SequenceMatcher(None, name, candidate).ratio()
+        return max(whole, difflib.SequenceMatcher(None, last(name), last(candidate)).ratio()), whole
+
+    return max(known, key=similarity)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
