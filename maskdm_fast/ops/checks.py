@@ -24,11 +24,12 @@ def check_dtype(op: str, name: str, tensor: Tensor, allowed: tuple[torch.dtype, 
 
 def check_shape(op: str, name: str, tensor: Tensor, *wanted: int | str) -> None:
     """Compare with sizes; a string such as ``"K"`` in `wanted` stands for any size."""
-    fits = tensor.dim() == len(wanted) and all(
-        isinstance(size, str) or size == have for size, have in zip(wanted, tensor.shape, strict=True)
-    )
+    fits = tensor.dim() == len(wanted)
+    if fits:
+        for size, have in zip(wanted, tensor.shape, strict=True):
+            fits = fits and (isinstance(size, str) or size == have)
     if not fits:
-        text = ", ".join(str(size) for size in wanted)
+        text = ", ".join([str(size) for size in wanted])
         raise ValueError(f"{op}: {name} has shape {list(tensor.shape)}, want [{text}]")
 
 

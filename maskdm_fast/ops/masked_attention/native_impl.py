@@ -34,5 +34,5 @@ def forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: f
 def backward(
     grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, cu_seqlens: Tensor | None, scale: float
 ) -> Tensor:
-    q, k, v, grad_o = (_unit_stride(x) for x in (q, k, v, grad_o))
+    q, k, v, grad_o = [_unit_stride(x) for x in (q, k, v, grad_o)]  # a generator would break the graph of Dynamo
     return _backward(grad_o, q, k, v, o, lse, cu_seqlens, scale)

@@ -38,7 +38,7 @@ def backward(
     dtype = accumulate_dtype(q.dtype)
     grad_qkv = q.new_empty(*q.shape[:-2], 3, *q.shape[-2:])
     for rows in _segments(q, cu_seqlens):
-        q_, k_, v_, grad_o_ = (x[rows].to(dtype) for x in (q, k, v, grad_o))
+        q_, k_, v_, grad_o_ = [x[rows].to(dtype) for x in (q, k, v, grad_o)]
         p, _ = _probabilities(q_, k_, scale)
         delta = (grad_o_ * o[rows].to(dtype)).sum(-1).transpose(-1, -2)  # [..., H, L]
         grad_s = p * (torch.einsum("...ihe,...jhe->...hij", grad_o_, v_) - delta[..., None]) * scale

@@ -29,7 +29,9 @@ def forward(
     num_images, height, width, channels = x0.shape
     grid = (num_images, height // patch_size, patch_size, width // patch_size, patch_size, channels)
     x0 = x0.reshape(grid).transpose(2, 3).flatten(3).flatten(1, 2)  # [B, N, P P C]
-    eps = random.normal(x0[0].numel(), seed=seed, stream=random.Stream.NOISE, step=step, slots=slots, dtype=dtype)
+    eps = random.normal(
+        x0.shape[1] * x0.shape[2], seed=seed, stream=random.Stream.NOISE, step=step, slots=slots, dtype=dtype
+    )
     eps = eps.view_as(x0)
     if ids_keep is not None:
         check_ids("noise_visible_patches", ids_keep, x0.shape[1], None, distinct=False)

@@ -1,0 +1,95 @@
+"""Inputs of adamw_ema for tests and benchmarks."""
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskdm_fast.ops.adamw_ema.op import adamw_ema
+from maskdm_fast.ops.checks import accumulate_dtype
+from maskdm_fast.testing import draw, restride
+
+WITH_GRAD = ()
+EXACT = False
+FIXED_DTYPE = ("copies", "grad_scale")
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    shapes: tuple[tuple[int, ...], ...]
+    step: int = 3
+    weight_decay: float = 0.1
+    clipped: bool = True
+    copy: str | None = None  # "float16" or "bfloat16"
+    grad_layout: str = "contiguous"
+
+
+CASES = (
+    Case("plain", ((3, 5), (7,), (1,))),
+    Case("first_step", ((3, 5),), step=1),
+    Case("no_decay_no_clip", ((3, 5), (2, 2)), weight_decay=0.0, clipped=False),
+    Case("bfloat16_copy", ((33, 5), (1100,)), copy="bfloat16"),
+    Case("float16_copy", ((33, 5), (7,)), copy="float16"),
+    Case("empty_tensor", ((0,), (5,))),
+    Case("several_chunks", ((70_001,),)),
+    Case("transposed_grad", ((9, 5),), grad_layout="transposed"),
+    Case("expanded_grad", ((9, 5),), grad_layout="expanded"),
+)
+
+
+def _uvit_shapes(dim: int, num_blocks: int, num_tokens: int, values: int) -> tuple[tuple[int, ...], ...]:
+    block = ((dim,), (dim,), (3 * dim, dim), (dim, dim), (dim,), (dim,), (dim,), (4 * dim, dim), (4 * dim,))
+    block += ((dim, 4 * dim), (dim,))
+    skip = ((dim, dim), (dim, dim), (dim,))
+    ends = ((dim, values), (dim,), (1 + num_tokens, dim), (dim,), (dim,), (values, dim), (values,))
+    return block * num_blocks + skip * (num_blocks // 2) + ends
+
+
+BENCHMARKS = (
+    Case("small64 44.3 M", _uvit_shapes(512, 13, 256, 48)),
+    Case("demo 3.4 M", _uvit_shapes(192, 7, 64, 48)),
+)
+
+
+def random_case(rng: random.Random) -> Case:
+    return Case(
+        "random",
+        tuple(tuple(rng.randint(1, 30) for _ in range(rng.randint(1, 3))) for _ in range(rng.randint(1, 4))),
+        step=rng.randint(1, 1000),
+        weight_decay=rng.choice([0.0, 0.03]),
+        clipped=rng.random() < 0.5,
+        copy=rng.choice([None, "float16", "bfloat16"]),
+    )
+
+
+def make_inputs(case: Case, dtype: torch.dtype, device: torch.device | str, seed: int) -> dict[str, Any]:
+    state = accumulate_dtype(dtype)
+
+    def tensors(offset: int, dtype: torch.dtype) -> list[Tensor]:
+        return [draw(shape, dtype, device, seed + 100 * offset + i) for i, shape in enumerate(case.shapes)]
+
+    params = tensors(0, dtype)
+    return {
+        "params": params,
+        "grads": [restride(grad, case.grad_layout) for grad in tensors(1, dtype)],
+        "exp_avgs": tensors(2, state),
+        "exp_avg_sqs": [value.square() for value in tensors(3, state)],
+        "emas": tensors(4, state),
+        "copies": [] if case.copy is None else [param.to(getattr(torch, case.copy)) for param in params],
+        "lr": 0.01,
+        "betas": (0.9, 0.99),
+        "eps": 1e-8,
+        "weight_decay": case.weight_decay,
+        "step": case.step,
+        "ema_decay": 0.9,
+        "grad_scale": torch.tensor(0.3, device=device) if case.clipped else None,
+    }
+
+
+def call(inputs: dict[str, Any], backend: str) -> dict[str, Tensor]:
+    adamw_ema(**inputs, backend=backend)
+    written = ("params", "exp_avgs", "exp_avg_sqs", "emas", "copies")
+    return {f"{name}[{i}]": tensor for name in written for i, tensor in enumerate(inputs[name])}

@@ -1,0 +1,140 @@
+"""How the ops are proven: the tolerance rule, awkward memory layouts, and the runner that tests and benchmarks share.
+
+Every ``maskdm_fast.ops.<op>.cases`` module has
+
+    CASES                    the shapes that every backend and dtype is tested on
+    random_case(rng)         a case with sizes drawn from a `random.Random`
+    make_inputs(case, dtype, device, seed)    keyword arguments of the op, drawn statelessly
+    call(inputs, backend)    runs the op and returns its outputs by name
+    WITH_GRAD                names of the inputs that receive gradients
+    EXACT                    whether the op only copies, so that results are bit-equal
+    FIXED_DTYPE              names of the inputs whose dtype does not follow the tested one
+"""
+
+import contextlib
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskdm_fast import random
+
+LAYOUTS = ("contiguous", "transposed", "sliced", "expanded")
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fill memory that torch.empty hands out with NaN (or the largest integer), so that reading it shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def draw(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str, seed: int) -> Tensor:
+    """Standard normal values, the same on every device."""
+    count = torch.Size(shape).numel()
+    slots = torch.zeros(1, dtype=torch.int64)
+    values = random.normal(count, seed=seed, stream=random.Stream.NOISE, step=0, slots=slots, dtype=torch.float64)
+    return values[0].view(shape).to(device, dtype)
+
+
+def draw_ids(num_images: int, num_visible: int, num_tokens: int, device: torch.device | str, seed: int) -> Tensor:
+    """Distinct ascending token indices of each image, int64 ``[B, K]``."""
+    slots = torch.arange(num_images)
+    keys = random.bits(num_tokens, seed=seed, stream=random.Stream.MASK, step=0, slots=slots)
+    return keys.argsort(dim=1, stable=True)[:, :num_visible].sort(dim=1).values.to(device)
+
+
+def restride(tensor: Tensor, layout: str) -> Tensor:
+    """The same shape in another memory layout; the same values too, except that "expanded" repeats the first image."""
+    if layout == "transposed":
+        order = list(reversed(range(tensor.dim())))
+        return tensor.permute(order).contiguous().permute(order)
+    if layout == "sliced":
+        wide = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1] + 1), float("nan"), dtype=tensor.dtype)
+        wide = wide.to(tensor.device)
+        view = wide[..., 1 : 1 + tensor.shape[-1]]
+        view.copy_(tensor)
+        return view
+    if layout == "expanded" and tensor.shape[0] > 0:
+        return tensor[:1].clone().expand_as(tensor)
+    return tensor.contiguous()
+
+
+def map_floating(value: Any, dtype: torch.dtype) -> Any:
+    """`value` with every floating-point tensor and dtype in it replaced; lists and tuples are entered."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, torch.dtype):
+        return dtype if value.is_floating_point else value
+    if isinstance(value, list | tuple):
+        return type(value)(map_floating(item, dtype) for item in value)
+    return value
+
+
+def run(cases: ModuleType, inputs: dict[str, Any], backend: str, grad_layout: str = "contiguous") -> dict[str, Tensor]:
+    """Run an op forward, and backward from random upstream gradients; outputs and gradients by name."""
+    leaves = {name: inputs[name].detach().requires_grad_() for name in cases.WITH_GRAD if inputs.get(name) is not None}
+    # In-place ops get copies, so that one set of inputs serves several runs.
+    fresh = {
+        name: [item.clone() for item in value] if isinstance(value, list) else value for name, value in inputs.items()
+    }
+    outputs = cases.call(fresh | leaves, backend)
+    results = {name: output.detach() for name, output in outputs.items()}
+    if leaves:
+        upstream = []
+        for index, output in enumerate(outputs.values()):
+            grad = draw(tuple(output.shape), output.dtype, output.device, seed=1000 + index)
+            upstream.append(restride(grad, grad_layout) if grad.dim() > 1 else grad)
+        grads = torch.autograd.grad(list(outputs.values()), list(leaves.values()), upstream)
+        results |= {f"grad_{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+    return results
+
+
+def assert_close(name: str, out: Tensor, ref64: Tensor, low: Tensor) -> None:
+    """The tolerance rule: ``|out - ref64| <= 3 (max |low - ref64| + eps(dtype) max(1, max |ref64|))``.
+
+    Args:
+        out: what is tested.
+        ref64: the float64 reference on the same rounded inputs.
+        low: the reference in the tested dtype. In float64 that would be ref64 itself; there it is the float32 reference,
+            and its error counts scaled by eps(float64) / eps(float32).
+    """
+    assert out.shape == ref64.shape, f"{name}: shape {list(out.shape)}, want {list(ref64.shape)}"
+    if out.numel() == 0:
+        return
+    assert torch.isfinite(out).all(), f"{name}: not finite"
+    eps = torch.finfo(out.dtype).eps
+    low_error = (low.double() - ref64).abs().max() * (eps / torch.finfo(low.dtype).eps)
+    bound = 3.0 * (low_error + eps * max(1.0, float(ref64.abs().max())))
+    error = (out.double() - ref64).abs().max()
+    assert error <= bound, f"{name}: error {error:.3e} exceeds {bound:.3e}"
+
+
+def check_parity(
+    cases: ModuleType, inputs: dict[str, Any], backend: str, grad_layout: str = "contiguous"
+) -> dict[str, Tensor]:
+    """Compare `backend` with the reference, outputs and gradients; return what `backend` gave."""
+
+    def reference(dtype: torch.dtype) -> dict[str, Tensor]:
+        free = {name: map_floating(value, dtype) for name, value in inputs.items() if name not in cases.FIXED_DTYPE}
+        return run(cases, inputs | free, "reference", grad_layout)
+
+    out = run(cases, inputs, backend, grad_layout)
+    same = run(cases, inputs, "reference", grad_layout)
+    for name, value in out.items():
+        assert value.dtype == same[name].dtype, f"{name}: dtype {value.dtype}, want {same[name].dtype}"
+        if cases.EXACT:
+            assert torch.equal(value, same[name]), f"{name}: not bit-equal"
+    if not cases.EXACT:
+        ref64 = reference(torch.float64)
+        in_float64 = any(value.dtype == torch.float64 for value in out.values())
+        low = reference(torch.float32) if in_float64 else same
+        for name, value in out.items():
+            assert_close(name, value, ref64[name].double(), low[name])
+    return out

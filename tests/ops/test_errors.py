@@ -1,0 +1,187 @@
+"""What a user gets wrong: each error names the op, the argument, what came and what is wanted."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from maskdm_fast import ops
+from maskdm_fast.ops import backend
+from maskdm_fast.optim import AdamWEMA
+
+BACKENDS = ("reference", "cpu")
+X = torch.zeros(2, 6, 4)
+IDS = torch.tensor([[0, 2], [1, 5]])
+QKV = torch.zeros(2, 3, 3, 2, 4)
+CU = torch.tensor([0, 1, 3], dtype=torch.int32)
+IMAGES = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+HALF = torch.full((2,), 0.5)
+
+
+def _noise(**changes):
+    arguments = {
+        "images": IMAGES,
+        "ids_keep": None,
+        "alpha": HALF,
+        "sigma": HALF,
+        "patch_size": 4,
+        "seed": 0,
+        "step": 0,
+    }
+    return ops.noise_visible_patches(**(arguments | changes))
+
+
+def _adamw(**changes):
+    p = [torch.zeros(3)]
+    arguments = {name: [torch.zeros(3)] for name in ("grads", "exp_avgs", "exp_avg_sqs", "emas")}
+    return ops.adamw_ema(**({"params": p, "lr": 0.1, "step": 1, "ema_decay": 0.9} | arguments | changes))
+
+
+WRONG = [
+    (lambda: ops.gather_tokens(X.long(), IDS), TypeError, "gather_tokens: x has dtype int64, want float32 or float16"),
+    (lambda: ops.gather_tokens(X[0], IDS), ValueError, r"gather_tokens: x has shape \[6, 4\], want \[B, N, D\]"),
+    (lambda: ops.gather_tokens(X, IDS.int()), TypeError, "gather_tokens: ids_keep has dtype int32, want int64"),
+    (lambda: ops.gather_tokens(X, IDS[:1]), ValueError, r"ids_keep has shape \[1, 2\], want \[2, K\]"),
+    (lambda: ops.gather_tokens(X, IDS, CU), ValueError, r"ids_keep has shape \[2, 2\], want \[T\]"),
+    (lambda: ops.gather_tokens(X, IDS[0], CU.long()), TypeError, "cu_seqlens has dtype int64, want int32"),
+    (lambda: ops.gather_tokens(X, IDS[0], CU[:2]), ValueError, r"cu_seqlens has shape \[2\], want \[3\]"),
+    (lambda: ops.gather_tokens(X, IDS[0], CU[None]), ValueError, r"cu_seqlens has shape \[1, 3\], want \[B \+ 1\]"),
+    (lambda: ops.gather_tokens(X, IDS.to("meta")), ValueError, "ids_keep is on meta, want cpu"),
+    (lambda: ops.scatter_tokens(X, IDS, 6), ValueError, r"ids_keep has shape \[2, 2\], want \[2, 6\]"),
+    (lambda: ops.scatter_tokens(X[:, :2], IDS, 0), ValueError, "num_tokens is 0, want at least 1"),
+    (
+        lambda: ops.scatter_tokens(X[:, :2], IDS, 6, X[:, :5]),
+        ValueError,
+        r"base has shape \[2, 5, 4\], want \[2, 6, 4\]",
+    ),
+    (lambda: ops.scatter_tokens(X[:, :2], IDS, 6, X.double()), TypeError, "base has dtype float64, want float32"),
+    (lambda: ops.masked_attention(QKV, X), ValueError, "k and v are given both, or neither"),
+    (lambda: ops.masked_attention(QKV.int()), TypeError, "masked_attention: qkv has dtype int32"),
+    (lambda: ops.masked_attention(QKV[:, :, :2]), ValueError, r"qkv has shape .*, want \[B, K, 3, H, E\]"),
+    (lambda: ops.masked_attention(QKV, cu_seqlens=CU), ValueError, r"want \[T, 3, H, E\]"),
+    (lambda: ops.masked_attention(*[QKV[:, :, 0]] * 2, QKV[:, :2, 0]), ValueError, r"v has shape \[2, 2, 2, 4\]"),
+    (lambda: ops.masked_attention(*[QKV[:, :, 0]] * 2, QKV[:, :, 0].half()), TypeError, "v has dtype float16"),
+    (lambda: ops.masked_dsm_loss(X, X[:1]), ValueError, r"target has shape \[1, 6, 4\], want \[2, 6, 4\]"),
+    (lambda: ops.masked_dsm_loss(X, X.half()), TypeError, "target has dtype float16, want float32"),
+    (lambda: ops.masked_dsm_loss(X[:, :0], X[:, :0]), ValueError, "want at least one token"),
+    (lambda: ops.masked_dsm_loss(X, X, HALF[:1]), ValueError, r"weight has shape \[1\], want \[2\]"),
+    (lambda: ops.masked_dsm_loss(X, X, kind="l2"), ValueError, "kind is 'l2', want one of mse, l1, huber"),
+    (lambda: ops.masked_dsm_loss(X, X, reduction="sum"), ValueError, "reduction is 'sum', want one of mean, none"),
+    (lambda: ops.masked_dsm_loss(X, X, delta=0.0), ValueError, "delta is 0.0, want a positive number"),
+    (lambda: ops.masked_dsm_loss(X, X, cu_seqlens=CU), ValueError, r"pred has shape \[2, 6, 4\], want \[T, D\]"),
+    (lambda: _noise(images=IMAGES.int()), TypeError, "noise_visible_patches: images has dtype int32, want uint8"),
+    (lambda: _noise(images=IMAGES[0]), ValueError, r"images has shape \[3, 8, 8\], want \[B, C, height, width\]"),
+    (lambda: _noise(layout="hwc"), ValueError, "layout is 'hwc', want 'bchw' or 'bhwc'"),
+    (lambda: _noise(patch_size=3), ValueError, "patch_size 3 does not divide images of 8 x 8 pixels"),
+    (
+        lambda: _noise(ids_keep=torch.zeros(2, 5, dtype=torch.int64)),
+        ValueError,
+        "names 5 patches of images that have 4",
+    ),
+    (lambda: _noise(alpha=HALF[:1]), ValueError, r"alpha has shape \[1\], want \[2\]"),
+    (lambda: _noise(sigma=HALF.long()), TypeError, "sigma has dtype int64"),
+    (lambda: _noise(prediction="noise"), ValueError, "prediction is 'noise', want one of eps, x0, v"),
+    (lambda: _noise(out_dtype=torch.int8), TypeError, "out_dtype is torch.int8"),
+    (lambda: _noise(seed=-1), ValueError, "seed is -1, want 0 <= seed"),
+    (lambda: _noise(slots=torch.arange(3)), ValueError, r"slots has shape \[3\], want \[2\]"),
+    (lambda: _noise(flip=torch.zeros(2)), TypeError, "flip has dtype float32, want bool"),
+    (lambda: _noise(step=torch.tensor(1.0)), TypeError, "step has dtype float32, want int64"),
+    (lambda: _adamw(grads=[]), ValueError, "adamw_ema: grads has 0 tensors, want 1"),
+    (lambda: _adamw(grads=[torch.zeros(2)]), ValueError, r"grads\[0\] has shape \[2\], want \[3\]"),
+    (lambda: _adamw(params=[torch.zeros(3, dtype=torch.int32)]), TypeError, r"params\[0\] has dtype int32"),
+    (lambda: _adamw(params=[torch.zeros(6)[::2]]), ValueError, r"params\[0\] is not contiguous"),
+    (lambda: _adamw(emas=[torch.zeros(6)[::2]]), ValueError, r"emas\[0\] is not contiguous"),
+    (lambda: _adamw(exp_avgs=[torch.zeros(3).half()]), TypeError, r"exp_avgs\[0\] has dtype float16, want float32"),
+    (lambda: _adamw(copies=[torch.zeros(3)]), TypeError, r"copies\[0\] has dtype float32, want float16 or bfloat16"),
+    (lambda: _adamw(grad_scale=torch.zeros(1)), ValueError, r"grad_scale has shape \[1\], want \[\]"),
+    (lambda: _adamw(step=0), ValueError, "step is 0, outside its range"),
+    (lambda: _adamw(betas=(1.0, 0.9)), ValueError, r"betas\[0\] is 1.0, outside its range"),
+    (lambda: AdamWEMA([torch.zeros(1)], lr=-1.0), ValueError, "lr -1.0"),
+    (lambda: AdamWEMA([torch.zeros(1)], betas=(0.9, 1.0)), ValueError, "betas are"),
+    (lambda: AdamWEMA([torch.zeros(1)], ema_decay=2.0), ValueError, "ema_decay is 2.0"),
+    (lambda: AdamWEMA([torch.zeros(1)], max_grad_norm=0.0), ValueError, "max_grad_norm is 0.0"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), WRONG, ids=range(len(WRONG)))
+def test_wrong_arguments(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+OUT_OF_RANGE = torch.tensor([[0, 2], [1, 6]])
+TWICE = torch.tensor([[0, 2], [5, 5]])
+BAD_VALUES = [
+    (
+        lambda b: ops.gather_tokens(X, OUT_OF_RANGE, backend=b),
+        "gather_tokens: ids_keep of image 1 holds 6 at 1, want 0",
+    ),
+    (lambda b: ops.gather_tokens(X, -IDS, backend=b), "ids_keep of image 0 holds -2 at 1"),
+    (lambda b: ops.gather_tokens(X, TWICE, backend=b), "ids_keep of image 1 holds 5 twice, want distinct ids"),
+    (lambda b: ops.scatter_tokens(X[:, :2], TWICE, 6, backend=b), "scatter_tokens: ids_keep of image 1 holds 5 twice"),
+    (
+        lambda b: ops.gather_tokens(X, IDS[0], CU, backend=b),
+        "cu_seqlens ends at 3, want the number of packed tokens, 2",
+    ),
+    (lambda b: ops.masked_attention(QKV[0], cu_seqlens=CU + 1, backend=b), r"cu_seqlens\[0\] is 1, want 0"),
+    (lambda b: ops.masked_attention(QKV[0], cu_seqlens=CU[[0, 2, 1]], backend=b), "cu_seqlens falls from 3 to 1 at 2"),
+    (lambda b: ops.masked_dsm_loss(X[0], X[0], cu_seqlens=CU, backend=b), "cu_seqlens ends at 3, want .* 6"),
+    (lambda b: _noise(ids_keep=OUT_OF_RANGE, backend=b), "noise_visible_patches: ids_keep of image 1 holds 6 at 1"),
+]
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize(("call", "message"), BAD_VALUES, ids=range(len(BAD_VALUES)))
+def test_wrong_values(call, message, name):
+    """Values that only the data shows, on both backends with the same words."""
+    with pytest.raises(RuntimeError, match=message):
+        call(name)
+
+
+def test_a_named_backend_never_falls_back():
+    meta = QKV.to("meta")
+    with pytest.raises(RuntimeError, match="masked_attention: backend 'cpu' cannot run: tensor is on meta"):
+        ops.masked_attention(meta, backend="cpu")
+    with ops.use_backend("cpu"), pytest.raises(RuntimeError, match="backend 'cpu' cannot run"):
+        ops.masked_attention(meta)
+    with pytest.raises(ValueError, match="backend is 'cuda9', want one of reference, cpu"):
+        ops.masked_attention(QKV, backend="cuda9")
+    with pytest.raises(ValueError, match="use_backend: backend is 'cuda9'"), ops.use_backend("cuda9"):
+        pass
+
+
+def test_use_backend_nests_and_recovers():
+    with ops.use_backend("reference"):
+        with pytest.raises(KeyError), ops.use_backend("cpu"):
+            assert backend.choose("x", torch.device("cpu"), None) == "cpu"
+            raise KeyError
+        assert backend.choose("x", torch.device("cpu"), None) == "reference"
+    assert backend.choose("x", torch.device("cpu"), None) == "cpu"
+
+
+def test_without_the_library_the_reference_serves():
+    """As after an install with no compiler: everything works, and status says how to mend it."""
+    code = """
+import pathlib
+exists = pathlib.Path.exists
+pathlib.Path.exists = lambda self: False if self.name.endswith(".so") else exists(self)
+import torch
+from maskdm_fast import ops
+from maskdm_fast.ops import backend
+assert not backend.has_native()
+qkv = torch.randn(2, 3, 3, 2, 4, requires_grad=True)
+ops.masked_attention(qkv).sum().backward()
+assert backend.choose("x", torch.device("cpu"), None) == "reference"
+table = backend.status(ops.IMPLEMENTATIONS)
+assert all(row["reference"] == "ok" and "not built" in row["cpu"] for row in table.values()), table
+try:
+    ops.masked_attention(qkv, backend="cpu")
+except RuntimeError as error:
+    assert "pip install --no-build-isolation" in str(error)
+else:
+    raise AssertionError("a named backend fell back")
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,120 @@
+"""AdamWEMA against torch's AdamW with clipping and a separate EMA."""
+
+import copy
+
+import pytest
+import torch
+
+from maskdm_fast import ops
+from maskdm_fast.optim import AdamWEMA
+from maskdm_fast.optim.adamw_ema import ema_decay_at
+from maskdm_fast.testing import draw
+
+SHAPES = [(5, 3), (4,), (2, 2, 2)]
+
+
+def _params(dtype=torch.float64):
+    return [draw(shape, dtype, "cpu", seed=i).requires_grad_() for i, shape in enumerate(SHAPES)]
+
+
+def _set_grads(params, step):
+    for i, param in enumerate(params):
+        param.grad = draw(tuple(param.shape), param.dtype, "cpu", seed=100 * step + i)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5, 1e6])
+def test_matches_torch(backend, max_grad_norm):
+    ours, theirs = _params(), _params()
+    arguments = {"lr": 0.02, "betas": (0.8, 0.97), "eps": 1e-6, "weight_decay": 0.05}
+    optimizer = AdamWEMA(ours, ema_decay=0.7, max_grad_norm=max_grad_norm, **arguments)
+    plain = torch.optim.AdamW(theirs, **arguments)
+    ema = [param.detach().clone() for param in theirs]
+    with ops.use_backend(backend):
+        for step in range(1, 8):
+            _set_grads(ours, step)
+            _set_grads(theirs, step)
+            optimizer.step()
+            norm = torch.nn.utils.get_total_norm([param.grad for param in theirs])
+            torch.testing.assert_close(optimizer.grad_norm, norm)
+            if max_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(theirs, max_grad_norm)
+            plain.step()
+            for average, param in zip(ema, theirs, strict=True):
+                average.lerp_(param.detach(), 1 - ema_decay_at(step, 0.7))
+    # The clipping factor is float32 in the fused step.
+    for out, want in zip([*ours, *optimizer.ema_parameters()], [*theirs, *ema], strict=True):
+        torch.testing.assert_close(out.detach(), want.detach(), rtol=1e-6, atol=1e-7)
+
+
+def test_ema_warm_up():
+    assert ema_decay_at(1, 0.999) == pytest.approx(1 - 2 ** (-2 / 3))
+    assert ema_decay_at(31_622, 0.999) == 0.999
+    assert ema_decay_at(31_000, 0.999) < 0.999
+    assert ema_decay_at(5, 0.0) == 0.0
+
+
+def test_state_dict_resumes_bit_for_bit():
+    whole, halves = _params(torch.float32), _params(torch.float32)
+    first, second = AdamWEMA(whole, lr=0.1), AdamWEMA(halves, lr=0.1)
+    for step in range(1, 7):
+        _set_grads(whole, step)
+        first.step()
+    for step in range(1, 4):
+        _set_grads(halves, step)
+        second.step()
+    resumed = AdamWEMA(halves, lr=0.1)
+    resumed.load_state_dict(copy.deepcopy(second.state_dict()))
+    for step in range(4, 7):
+        _set_grads(halves, step)
+        resumed.step()
+    for a, b in zip([*whole, *first.ema_parameters()], [*halves, *resumed.ema_parameters()], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_parameters_without_gradient_keep_their_value():
+    params = _params(torch.float32)
+    before = [param.detach().clone() for param in params]
+    optimizer = AdamWEMA(params, lr=0.1)
+    _set_grads(params, 1)
+    params[1].grad = None
+    optimizer.step()
+    assert torch.equal(params[1], before[1]) and not torch.equal(params[0], before[0])
+    _set_grads(params, 2)  # from here on parameters of one group have different ages
+    optimizer.step()
+    assert [optimizer.state[param]["step"] for param in params] == [2, 1, 2]
+
+
+def test_ema_before_the_first_step_is_the_weights():
+    params = _params(torch.float32)
+    for param, ema in zip(params, AdamWEMA(params, lr=0.1).ema_parameters(), strict=True):
+        assert torch.equal(param, ema) and ema.data_ptr() != param.data_ptr()
+
+
+def test_closure_and_schedulers():
+    """The usual ways of driving a torch optimizer work."""
+    params = [torch.ones(3, requires_grad=True)]
+    optimizer = AdamWEMA(params, lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = params[0].square().sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) == 3.0
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 0.05
+
+
+def test_bfloat16_parameters_have_float32_state():
+    params = [draw((8,), torch.bfloat16, "cpu", seed=1).requires_grad_()]
+    optimizer = AdamWEMA(params, lr=0.1)
+    _set_grads(params, 1)
+    optimizer.step()
+    assert {name: value.dtype for name, value in optimizer.state[params[0]].items() if name != "step"} == {
+        "exp_avg": torch.float32,
+        "exp_avg_sq": torch.float32,
+        "ema": torch.float32,
+    }
