@@ -2,6 +2,9 @@
 
 import os
 
-# xdist runs one process per core; more threads in each would only fight over them. Set before torch is imported.
+import torch
+
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # xdist runs one process per core; more threads in each, or in the processes that tests start, would fight over them.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
