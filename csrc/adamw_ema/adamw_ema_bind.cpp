@@ -13,8 +13,8 @@ using Tensors = std::vector<Tensor>;
 
 // Lists of equal length, contiguous; copies is empty or of that length
 void adamw_ema_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors emas, Tensors copies,
-                std::optional<Tensor> grad_scale, double lr, double beta1, double beta2, double eps, double weight_decay,
-                int64_t step, double ema_decay) {
+                std::optional<Tensor> grad_scale, double lr, double beta1, double beta2, double eps,
+                double weight_decay, int64_t step, double ema_decay) {
   const char* op = "adamw_ema";
   AdamHyper hyper{lr, beta1, beta2, eps, weight_decay, ema_decay, 0, 0, 1};
   hyper.step_size = lr / (1 - std::pow(beta1, static_cast<double>(step)));

@@ -32,7 +32,8 @@ void run_typed(const AdamTensor& t, const AdamHyper& h, int64_t begin, int64_t e
       const A g = static_cast<A>(to_acc(grad[i])) * grad_scale;
       const A first = beta1 * m[i] + one_minus_beta1 * g;
       const A second = beta2 * v[i] + one_minus_beta2 * (g * g);
-      const A p = static_cast<A>(to_acc(param[i])) * keep - step_size * (first / (std::sqrt(second) * inverse_bias2 + eps));
+      const A p =
+          static_cast<A>(to_acc(param[i])) * keep - step_size * (first / (std::sqrt(second) * inverse_bias2 + eps));
       m[i] = first;
       v[i] = second;
       ema[i] += ema_rate * (p - ema[i]);

@@ -16,14 +16,21 @@ int isa_level();
 }  // namespace maskdm
 
 #if defined(__x86_64__)
-#define MASKDM_DECLARE_KERNELS(Table, name)      \
-  namespace isa_v2 { extern const Table name; }  \
-  namespace isa_v3 { extern const Table name; }  \
-  namespace isa_v4 { extern const Table name; }
-#define MASKDM_KERNELS(name) \
-  (isa_level() == 4 ? isa_v4::name : isa_level() == 3 ? isa_v3::name : isa_v2::name)
+#define MASKDM_DECLARE_KERNELS(Table, name) \
+  namespace isa_v2 {                        \
+  extern const Table name;                  \
+  }                                         \
+  namespace isa_v3 {                        \
+  extern const Table name;                  \
+  }                                         \
+  namespace isa_v4 {                        \
+  extern const Table name;                  \
+  }
+#define MASKDM_KERNELS(name) (isa_level() == 4 ? isa_v4::name : isa_level() == 3 ? isa_v3::name : isa_v2::name)
 #else
 #define MASKDM_DECLARE_KERNELS(Table, name) \
-  namespace isa_base { extern const Table name; }
+  namespace isa_base {                      \
+  extern const Table name;                  \
+  }
 #define MASKDM_KERNELS(name) (isa_base::name)
 #endif

@@ -47,7 +47,8 @@ void gemm_rows(int64_t rows, int64_t depth, ConstMatrix<T> a, const T* b, int64_
 
 // Tiles are as large as the register file allows: 32 vector registers with AVX-512 and NEON, 16 otherwise.
 template <class T, bool Add>
-void gemm(int64_t rows, int64_t columns, int64_t depth, ConstMatrix<T> a, const T* b, int64_t b_row, T* c, int64_t c_row) {
+void gemm(int64_t rows, int64_t columns, int64_t depth, ConstMatrix<T> a, const T* b, int64_t b_row, T* c,
+          int64_t c_row) {
 #if defined(__AVX512F__) || defined(__aarch64__)
   constexpr int kWide = 4, kWideRows = 6, kRows = 8;
 #else

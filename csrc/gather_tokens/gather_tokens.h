@@ -14,10 +14,10 @@ struct GatherArgs {
   Segments segments;
   int64_t num_tokens;  // N
   int64_t row_bytes;
-  const int64_t* ids;                     // [T]
-  const char* x;                          // [B, N, row]
-  int64_t x_image_bytes, x_token_bytes;   // strides of x
-  char* out;                              // [T, row]
+  const int64_t* ids;                    // [T]
+  const char* x;                         // [B, N, row]
+  int64_t x_image_bytes, x_token_bytes;  // strides of x
+  char* out;                             // [T, row]
 };
 
 struct ScatterArgs {

@@ -17,8 +17,9 @@ Tensor gather_tokens_fwd(Tensor x, Tensor ids_keep, std::optional<Tensor> cu_seq
 
   Tensor out = cu_seqlens.has_value() ? torch::stable::new_empty(x, {ids_keep.size(0), width})
                                       : torch::stable::new_empty(x, {ids_keep.size(0), ids_keep.size(1), width});
-  const GatherArgs args{segments, num_tokens, width * item, ids, bytes_of(x), x.stride(0) * item, x.stride(1) * item,
-                        mutable_bytes_of(out)};
+  GatherArgs args{segments, num_tokens, width * item, ids, bytes_of(x), 0, 0, mutable_bytes_of(out)};
+  args.x_image_bytes = x.stride(0) * item;
+  args.x_token_bytes = x.stride(1) * item;
   const auto& kernels = MASKDM_KERNELS(gather_tokens_kernels);
   const double bytes = static_cast<double>(out.numel() * item) / std::max<int64_t>(1, segments.num_images);
   parallel(segments.num_images, bytes * kNanosecondsPerByte,

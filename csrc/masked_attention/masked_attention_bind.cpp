@@ -9,7 +9,8 @@ namespace {
 
 HeadsView view_of(const Tensor& tensor) {
   const bool packed = tensor.dim() == 3;
-  return {bytes_of(tensor), packed ? 0 : tensor.stride(0), tensor.stride(packed ? 0 : 1), tensor.stride(packed ? 1 : 2)};
+  return {bytes_of(tensor), packed ? 0 : tensor.stride(0), tensor.stride(packed ? 0 : 1),
+          tensor.stride(packed ? 1 : 2)};
 }
 
 AttentionArgs args_of(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& cu_seqlens,
@@ -45,8 +46,8 @@ std::tuple<Tensor, Tensor> masked_attention_fwd(Tensor q, Tensor k, Tensor v, st
   std::vector<int64_t> shape(q.sizes().begin(), q.sizes().end());
   Tensor o = torch::stable::new_empty(q, shape);
   shape.pop_back();
-  Tensor lse = torch::stable::new_empty(
-      q, shape, q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
+  Tensor lse = torch::stable::new_empty(q, shape,
+                                        q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
   const AttentionArgs args = args_of(q, k, v, cu_seqlens, scale, o, lse);
   const auto& kernels = MASKDM_KERNELS(masked_attention_kernels);
   run_items(args, 4.0, kernels.forward_scratch, kernels.forward);

@@ -29,11 +29,12 @@ class Arena {
 template <class Acc>
 struct Workspace {
   int64_t keys, width;  // longest and head_dim, rounded up to whole vectors
-  Acc *k_t, *q;   // k^T [E, keys], q [L, width]
-  Acc *s;         // a block of S, then of P [kRowBlock, keys]
-  Acc *out_rows;  // a block of o, or of grad_q [kRowBlock, width]
-  Acc *v;         // forward: [L, width]
-  Acc *v_t, *k, *grad_o, *grad_s, *grad_k, *grad_v;  // backward: v^T [E, keys], grad_s [kRowBlock, keys], others [L, width]
+  Acc *k_t, *q;         // k^T [E, keys], q [L, width]
+  Acc* s;               // a block of S, then of P [kRowBlock, keys]
+  Acc* out_rows;        // a block of o, or of grad_q [kRowBlock, width]
+  Acc* v;               // forward: [L, width]
+  // backward: v^T [E, keys], a block of grad_s [kRowBlock, keys], the others [L, width]
+  Acc *v_t, *k, *grad_o, *grad_s, *grad_k, *grad_v;
   int64_t bytes;
 
   Workspace(const AttentionArgs& a, bool backward, char* scratch)
@@ -78,8 +79,8 @@ void read_rows(const AttentionArgs& a, const HeadsView& view, int64_t image, int
 
 // [E, L] of one head, in rows of `keys` with the padding zeroed.
 template <class T, class Acc>
-void read_transposed(const AttentionArgs& a, const HeadsView& view, int64_t image, int64_t head, int64_t length, Acc* to,
-                     int64_t keys) {
+void read_transposed(const AttentionArgs& a, const HeadsView& view, int64_t image, int64_t head, int64_t length,
+                     Acc* to, int64_t keys) {
   for (int64_t t = 0; t < length; ++t) {
     const T* from = row_of<T>(a, view, image, t, head);
     for (int64_t e = 0; e < a.head_dim; ++e) to[e * keys + t] = static_cast<Acc>(to_acc(from[e]));
@@ -228,6 +229,7 @@ void run(const AttentionArgs& a, char* scratch, int64_t begin, int64_t end) {
 
 }  // namespace
 
-const MaskedAttentionKernels masked_attention_kernels = {scratch_bytes<false>, run<false>, scratch_bytes<true>, run<true>};
+const MaskedAttentionKernels masked_attention_kernels = {scratch_bytes<false>, run<false>, scratch_bytes<true>,
+                                                         run<true>};
 
 }  // namespace maskdm::MASKDM_ISA

@@ -15,8 +15,8 @@ namespace maskdm {
 struct LossArgs {
   DType dtype;
   Segments segments;
-  int64_t width;     // values per token
-  int kind;          // 0 mse, 1 l1, 2 huber
+  int64_t width;  // values per token
+  int kind;       // 0 mse, 1 l1, 2 huber
   double delta;
   const char* pred;    // [T, width]
   const char* target;  // [T, width]

@@ -20,8 +20,8 @@ std::tuple<Tensor, Tensor> masked_dsm_loss_fwd(Tensor pred, Tensor target, std::
   args.kind = static_cast<int>(kind), args.delta = delta;
   args.pred = bytes_of(pred), args.target = bytes_of(target);
   args.weight = data_of<char>(weight);
-  Tensor raw = torch::stable::new_empty(
-      pred, {args.segments.num_images}, args.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float);
+  Tensor raw = torch::stable::new_empty(pred, {args.segments.num_images},
+                                        args.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float);
   Tensor grad = with_grad ? torch::stable::empty_like(pred) : torch::stable::new_empty(pred, {0});
   args.raw = mutable_bytes_of(raw), args.grad = with_grad ? mutable_bytes_of(grad) : nullptr;
 

@@ -10,15 +10,23 @@ constexpr int64_t kChunk = 4096;
 
 struct Mse {
   template <class A>
-  static A value(A d, A) { return d * d; }
+  static A value(A d, A) {
+    return d * d;
+  }
   template <class A>
-  static A slope(A d, A) { return A(2) * d; }
+  static A slope(A d, A) {
+    return A(2) * d;
+  }
 };
 struct L1 {
   template <class A>
-  static A value(A d, A) { return d < 0 ? -d : d; }
+  static A value(A d, A) {
+    return d < 0 ? -d : d;
+  }
   template <class A>
-  static A slope(A d, A) { return d > 0 ? A(1) : d < 0 ? A(-1) : d; }  // 0 at 0, NaN at NaN
+  static A slope(A d, A) {
+    return d > 0 ? A(1) : d < 0 ? A(-1) : d;  // 0 at 0, NaN at NaN
+  }
 };
 struct Huber {
   template <class A>
@@ -27,7 +35,9 @@ struct Huber {
     return size > delta ? delta * (size - A(0.5) * delta) : A(0.5) * d * d;
   }
   template <class A>
-  static A slope(A d, A delta) { return d > delta ? delta : d < -delta ? -delta : d; }
+  static A slope(A d, A delta) {
+    return d > delta ? delta : d < -delta ? -delta : d;
+  }
 };
 
 template <class T, class Kind, bool WithGrad>

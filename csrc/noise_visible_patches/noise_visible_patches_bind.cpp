@@ -54,7 +54,8 @@ std::tuple<Tensor, Tensor> noise_visible_patches_fwd(Tensor images, std::optiona
 
 STABLE_TORCH_LIBRARY_FRAGMENT(maskdm_fast, m) {
   m.def(
-      "noise_visible_patches_fwd(Tensor images, Tensor? ids_keep, Tensor alpha, Tensor sigma, Tensor slots, Tensor step, "
+      "noise_visible_patches_fwd(Tensor images, Tensor? ids_keep, Tensor alpha, Tensor sigma, Tensor slots, Tensor "
+      "step, "
       "Tensor? flip, int patch_size, bool channels_last, int prediction, int seed, ScalarType out_dtype) "
       "-> (Tensor, Tensor)");
 }

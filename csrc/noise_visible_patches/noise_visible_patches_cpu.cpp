@@ -9,7 +9,7 @@
 namespace maskdm::MASKDM_ISA {
 namespace {
 
-constexpr uint32_t kNoiseStream = 2;  // Stream.NOISE of maskdm_fast/random.py
+constexpr uint32_t kNoiseStream = 2;    // Stream.NOISE of maskdm_fast/random.py
 constexpr int kBlocks = kLanes<float>;  // Philox blocks drawn together, one per lane
 
 // sqrt(-2 ln u0) (cos, sin)(2 pi u1), one vector of floats at a time.

@@ -1,0 +1,50 @@
+# make demo    train, sample and score on real images; writes runs/demo/report.html
+# make test    the whole test suite
+# make lint    style of Python and C++
+# make bench   measure every op against plain PyTorch; writes benchmarks/results/
+# make clean   remove what was built (not .venv, not runs/)
+#
+# Every target makes .venv if it is missing, installs into it and builds the native library.
+#   PYTHON=python3.12   interpreter that makes .venv, >= 3.10      TORCH="torch==2.13.0"   which torch goes into it
+#   ARGS="--smoke"      passed on to the command of the target
+
+PYTHON ?= python3
+TORCH ?= torch>=2.11
+ARGS ?=
+BIN := .venv/bin
+INSTALLED := .venv/.maskdm_fast_installed
+SOURCES := $(shell git ls-files '*.cpp' '*.h')
+
+.PHONY: demo test lint format bench clean
+demo: $(INSTALLED)
+	$(BIN)/maskdm-fast demo $(ARGS)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -n auto $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks.ops --save $(ARGS)
+
+clean:
+	rm -rf build dist *.egg-info maskdm_fast/lib .pytest_cache .ruff_cache .benchmarks $(INSTALLED)
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+# The build runs without pip's isolation, which would install a second torch; so torch and the build tools go first.
+$(INSTALLED): pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "maskdm_fast needs Python >= 3.10; $(PYTHON) is `$(PYTHON) --version`. Use make PYTHON=python3.12"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)" "setuptools>=77" "cmake>=3.22" ninja
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[train,eval,bench,test]"
+	@touch $@
