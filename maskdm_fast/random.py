@@ -5,9 +5,9 @@ Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 
     key     = (seed low word, seed high word)
     counter = (block, slot, step, stream),    block = element // 4
 
-``slot`` is the sample's place in the global batch and ``step`` the optimizer step, so a draw depends neither on the number
-of processes, micro-batches or workers, nor on any state that a checkpoint would have to carry. ``csrc/common/philox.h``
-computes the same words bit for bit.
+``slot`` is the sample's place in the global batch and ``step`` the optimizer step, so a draw depends neither on the
+number of processes, micro-batches or workers, nor on any state that a checkpoint would have to carry.
+``csrc/common/philox.h`` computes the same words bit for bit.
 
 Shapes: B slots, ``num`` elements per slot.
 """
@@ -125,6 +125,6 @@ def normal(
 
 
 def permutation(num: int, *, seed: int, stream: Stream, step: int) -> Tensor:
-    """A pseudo-random permutation of ``range(num)``, int64 ``[num]``: the order that sorts `num` words (ties by index)."""
+    """A pseudo-random permutation of ``range(num)``, int64 ``[num]``: the order that sorts `num` words, ties by index."""
     words = bits(num, seed=seed, stream=stream, step=step, slots=torch.zeros(1, dtype=torch.int64))
     return torch.argsort(words[0], stable=True)

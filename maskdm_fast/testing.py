@@ -102,8 +102,8 @@ def assert_close(name: str, out: Tensor, ref64: Tensor, low: Tensor) -> None:
     Args:
         out: what is tested.
         ref64: the float64 reference on the same rounded inputs.
-        low: the reference in the tested dtype. In float64 that would be ref64 itself; there it is the float32 reference,
-            and its error counts scaled by eps(float64) / eps(float32).
+        low: the reference in the tested dtype. In float64 that would be ref64 itself; there it is the float32
+            reference, and its error counts scaled by eps(float64) / eps(float32).
     """
     assert out.shape == ref64.shape, f"{name}: shape {list(out.shape)}, want {list(ref64.shape)}"
     if out.numel() == 0:

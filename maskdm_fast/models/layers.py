@@ -1,8 +1,7 @@
 """The parts of a U-ViT. None of them draws its own initial weights: `UViT.reset_parameters` fills them statelessly.
 
 The residual stream has the compute dtype: the autocast dtype under `torch.autocast`, else the dtype of the parameters.
-Everything that joins it (time token, position rows) is cast to it, and every block keeps it. What needs float32 keeps
-it
+Everything that joins it (time token, position rows) is cast to it, and every block keeps it. What needs float32 has it
 inside: the time angles, the statistics of the norms, the softmax.
 """
 
