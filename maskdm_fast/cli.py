@@ -206,16 +206,16 @@ def _parse(kind: type[T], arguments: list[str], program: str) -> T:
     return options
 
 
-def _flags(kind: type, prefix: str = "") -> Iterator[str]:
-    """The options that tyro makes of a dataclass."""
+def _flags(kind: type, prefix: str = "", *, omit: bool = False) -> Iterator[str]:
+    """The options that tyro makes of a dataclass; `omit` leaves the names of its parts out."""
     for name, hint in get_type_hints(kind, include_extras=True).items():
         inner = get_args(hint)[0] if get_origin(hint) is Annotated else hint
         if not dataclasses.is_dataclass(inner):
             yield f"--{prefix}{name.replace('_', '-')}"
-        elif inner is hint:  # not marked to leave its name out
-            yield from _flags(inner, f"{prefix}{name}.")
+        elif omit or inner is not hint:
+            yield from _flags(inner, prefix, omit=True)
         else:
-            yield from _flags(inner, prefix)
+            yield from _flags(inner, f"{prefix}{name}.")
 
 
 def _registry(tyro: Any) -> Any:

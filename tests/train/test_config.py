@@ -1,0 +1,126 @@
+import json
+from dataclasses import replace
+
+import pytest
+
+from maskdm_fast.diffusion.masking import BlockMask, CropMask, NoMask, PatchMask
+from maskdm_fast.models import UViTConfig
+from maskdm_fast.train import PRESETS, Recipe, RunConfig
+from maskdm_fast.train.config import DenoisingConfig, MachineConfig, differences, format_mask, parse_mask
+
+
+def runs_of(name: str) -> list[RunConfig]:
+    config = PRESETS[name]()
+    return [run for _, run in config.runs()] if isinstance(config, Recipe) else [config]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_valid_and_survive_json(name):
+    for run in runs_of(name):
+        run.validate()
+        assert RunConfig.from_dict(json.loads(json.dumps(run.to_dict()))) == run
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_document_themselves_in_one_line(name):
+    assert len(PRESETS[name].__doc__.splitlines()) == 1
+
+
+def test_recipe_chains_its_stages():
+    (first_name, first), (second_name, second) = PRESETS["emoji32"]().runs()
+    assert (first_name, second_name) == ("1-pretrain", "2-finetune")
+    assert first.stage.init_from is None
+    assert second.stage.init_from == "1-pretrain"
+    assert isinstance(first.stage.mask, PatchMask) and second.stage.mask == NoMask()
+
+
+@pytest.mark.parametrize(
+    ("text", "mask"),
+    [
+        ("none", NoMask()),
+        ("patch:0.9", PatchMask(0.9)),
+        ("block:0.75:4", BlockMask(0.75, 4)),
+        ("crop:5", CropMask(5)),
+    ],
+)
+def test_mask_text_round_trip(text, mask):
+    assert parse_mask(text) == mask
+    assert format_mask(mask) == text
+
+
+@pytest.mark.parametrize(
+    "text", ["", "patch", "patch:x", "patch:1.0", "patch:-0.1", "block:0.5", "crop:0", "none:1", "tile:3"]
+)
+def test_bad_mask_text_says_what_is_wanted(text):
+    with pytest.raises(ValueError, match=r"want none\|patch:RATIO"):
+        parse_mask(text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"lr": 0.0}, "lr is 0.0"),
+        ({"num_images": -1}, "num_images is -1"),
+        ({"num_images": None}, "would never end"),
+        ({"max_seconds": 0.0}, "max_seconds is 0.0"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm is 0.0"),
+        ({"warmup_images": -1}, "warmup_images is -1"),
+        ({"betas": (0.9, 1.0)}, "betas is"),
+        ({"hflip": 1.5}, "hflip is 1.5"),
+        ({"label_drop": 0.1}, "the model has no classes"),
+        ({"mask": BlockMask(0.5, 3)}, "does not divide the grid"),
+        ({"mask": CropMask(9)}, "does not fit"),
+        ({"ema_half_life_images": 0}, "ema_half_life_images is 0"),
+    ],
+)
+def test_stage_validation_names_the_value(changes, message):
+    with pytest.raises(ValueError, match=message):
+        RunConfig(stage=replace(DenoisingConfig(), **changes)).validate()
+
+
+def test_run_validation():
+    with pytest.raises(ValueError, match="seed is -1"):
+        RunConfig(seed=-1).validate()
+    with pytest.raises(ValueError, match="micro_batch_size is 0"):
+        RunConfig(machine=MachineConfig(micro_batch_size=0)).validate()
+
+
+def test_warmup_is_linear_and_the_first_step_learns():
+    stage = DenoisingConfig(lr=1.0, batch_size=10, warmup_images=40)
+    assert [stage.lr_at(step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert replace(stage, warmup_images=0).lr_at(0) == 1.0
+
+
+def test_ema_half_life_is_in_images():
+    stage = DenoisingConfig(batch_size=50, ema_half_life_images=1000)
+    assert stage.ema_decay**20 == pytest.approx(0.5)
+
+
+def test_differences_lists_only_what_may_not_change():
+    old = RunConfig()
+    new = replace(
+        old,
+        seed=1,
+        model=replace(old.model, dim=384),
+        machine=MachineConfig(device="cpu"),
+        output=replace(old.output, log_images=5),
+        stage=replace(old.stage, num_images=5, max_seconds=3.0, mask=PatchMask(0.5)),
+    )
+    assert differences(old.to_dict(), new.to_dict()) == [
+        "model.dim: 192 -> 384",
+        "seed: 0 -> 1",
+        "stage.mask: none -> patch:0.5",
+    ]
+
+
+def test_from_dict_names_unknown_and_missing_keys():
+    values = RunConfig().to_dict()
+    values["stage"]["momentum"] = values["stage"].pop("betas")
+    with pytest.raises(ValueError, match="DenoisingConfig differ: betas, momentum"):
+        RunConfig.from_dict(values)
+
+
+def test_model_config_is_kept():
+    model = UViTConfig(image_size=16, patch_size=4, dim=32, depth=3, num_heads=2, num_classes=3)
+    assert RunConfig.from_dict(RunConfig(model=model).to_dict()).model == model
