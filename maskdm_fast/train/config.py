@@ -68,8 +68,9 @@ class DenoisingConfig:
     mask: Mask = field(default_factory=NoMask)
     """Which patches are hidden. RATIO: share of patches masked; SIDE: side of a block or of the kept window, in
     patches."""
-    num_images: int = 1_000_000
-    """Stop after this many training images (repeats of an image count). May be raised to continue a finished run."""
+    num_images: int | None = 1_000_000
+    """Stop after this many training images (repeats of an image count); raise it to continue a finished run. None: no
+    limit but --max-seconds."""
     max_seconds: float | None = None
     """Stop after this many seconds of training, counted over all resumes, without set-up, checkpoints and previews."""
     batch_size: int = 128
@@ -111,9 +112,11 @@ class DenoisingConfig:
         """Raise ValueError for the first value that cannot work with `model`."""
         side = model.image_size // model.patch_size
         self.mask.validate((side, side))
-        for name in ("num_images", "batch_size", "lr", "ema_half_life_images"):
+        for name in ("batch_size", "lr", "ema_half_life_images"):
             _check(name, getattr(self, name), getattr(self, name) > 0, "more than 0")
-        for name in ("max_seconds", "max_grad_norm"):
+        if self.num_images is None and self.max_seconds is None:
+            raise ValueError("num_images and max_seconds are both None, so the run would never end; set one of them")
+        for name in ("num_images", "max_seconds", "max_grad_norm"):
             value = getattr(self, name)
             _check(name, value, value is None or value > 0, "more than 0, or None")
         for name in ("warmup_images", "weight_decay"):
@@ -166,7 +169,8 @@ class SharedConfig:
     skip_bad: bool = False
     """Leave out image files that cannot be read (they are listed), instead of stopping."""
     seed: int = 0
-    """Seed of every random draw: initial weights, data order, masks, time steps, noise."""
+    """Seed of every random draw: initial weights, data order, masks, time steps, noise. Stage n of a recipe uses
+    seed + n - 1."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: matrix products in bfloat16 (autocast); weights, optimizer and loss stay float32."""
     model: UViTConfig = CONFIGS["emoji32"]
@@ -216,7 +220,9 @@ class Recipe(SharedConfig):
         for number, (name, stage) in enumerate(self.stages, start=1):
             if runs and stage.init_from is None:
                 stage = dataclasses.replace(stage, init_from=runs[-1][0])
-            runs.append((f"{number}-{name}", RunConfig(**shared, stage=stage)))
+            # Another seed for each stage: no stage repeats the noise and the masks of the one before it.
+            stage_shared = {**shared, "seed": self.seed + number - 1}
+            runs.append((f"{number}-{name}", RunConfig(**stage_shared, stage=stage)))
         return runs
 
     def validate(self) -> None:
