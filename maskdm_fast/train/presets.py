@@ -13,7 +13,7 @@ from maskdm_fast.train.config import DenoisingConfig, DiffusionConfig, OutputCon
 # Mirrored flags, letters and digits are other symbols, so the emoji presets never flip.
 _EMOJI_PRETRAIN = DenoisingConfig(
     mask=PatchMask(0.75),
-    num_images=400_000,
+    num_images=300_000,
     batch_size=128,
     lr=1e-3,
     warmup_images=25_000,
@@ -21,7 +21,7 @@ _EMOJI_PRETRAIN = DenoisingConfig(
 )
 _EMOJI_UNMASKED = DenoisingConfig(
     mask=NoMask(),
-    num_images=120_000,
+    num_images=80_000,
     batch_size=64,
     lr=5e-4,
     warmup_images=5_000,
@@ -55,7 +55,7 @@ _SMOKE_OUTPUT = OutputConfig(log_images=160, checkpoint_images=320, preview_imag
 
 
 def emoji32() -> Recipe:
-    """Emoji at 32 px on a CPU: 400,000 images with 75 % of their patches masked, then 120,000 whole."""
+    """Emoji at 32 px on a CPU: 300,000 images with 75 % of their patches masked, then 80,000 whole."""
     return Recipe(
         stages=(("pretrain", _EMOJI_PRETRAIN), ("finetune", _EMOJI_UNMASKED)),
         model=CONFIGS["emoji32"],
@@ -77,7 +77,7 @@ def emoji32_finetune() -> RunConfig:
 
 def emoji32_scratch() -> RunConfig:
     """The baseline of emoji32: never masked, from random weights."""
-    scratch = replace(_EMOJI_UNMASKED, num_images=220_000, lr=1e-3, warmup_images=25_000)
+    scratch = replace(_EMOJI_UNMASKED, num_images=160_000, lr=1e-3, warmup_images=25_000)
     return RunConfig(stage=scratch, model=CONFIGS["emoji32"], output=_EMOJI_OUTPUT)
 
 
