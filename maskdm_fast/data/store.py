@@ -92,6 +92,7 @@ class StoreHeader:
 
     @classmethod
     def from_json(cls, text: bytes) -> "StoreHeader":
+        """The header that `write_store` wrote as JSON."""
         fields = json.loads(text)
         return cls(
             **fields

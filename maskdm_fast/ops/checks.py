@@ -17,6 +17,7 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def check_dtype(op: str, name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    """Raise TypeError unless `tensor` has one of the dtypes."""
     if tensor.dtype not in allowed:
         wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
         raise TypeError(f"{op}: {name} has dtype {str(tensor.dtype).removeprefix('torch.')}, want {wanted}")
@@ -34,6 +35,7 @@ def check_shape(op: str, name: str, tensor: Tensor, *wanted: int | str) -> None:
 
 
 def check_device(op: str, name: str, tensor: Tensor, device: torch.device) -> None:
+    """Raise ValueError unless `tensor` is on `device`."""
     if tensor.device != device:
         raise ValueError(f"{op}: {name} is on {tensor.device}, want {device}")
 
