@@ -1,9 +1,16 @@
 """Image data: sources, the packed uint8 store, and the order in which it is read."""
 
-from .dataset import UnreadableImagesError, open_dataset, pack
-from .order import DataOrder
-from .sources import EMOJI_ATTRIBUTION, ImageSource, decode_image, emoji_source, find_source, folder_source
-from .store import ImageStore, StoreError, StoreHeader, write_store
+from maskdm_fast.data.dataset import UnreadableImagesError, open_dataset, pack
+from maskdm_fast.data.order import DataOrder
+from maskdm_fast.data.sources import (
+    EMOJI_ATTRIBUTION,
+    ImageSource,
+    decode_image,
+    emoji_source,
+    find_source,
+    folder_source,
+)
+from maskdm_fast.data.store import ImageStore, StoreError, StoreHeader, write_store
 
 __all__ = [
     "EMOJI_ATTRIBUTION",

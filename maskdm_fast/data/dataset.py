@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .sources import ImageSource, decode_image, find_source
-from .store import ImageStore, Progress, StoreError, write_store
+from maskdm_fast.data.sources import ImageSource, decode_image, find_source
+from maskdm_fast.data.store import ImageStore, Progress, StoreError, write_store
 
 _log = logging.getLogger(__name__)
 _PACKING = 1  # goes into the cache key: raise it whenever the same files would decode to other bytes

@@ -3,10 +3,10 @@
 The report lies in `results` (its data), `report` (HTML) and `summary` (terminal).
 """
 
-from .distances import Scores, compare, frechet_distance, kernel_distance, subset_indices
-from .features import FeatureNetwork, cached_features, compute_features, load_features
-from .grid import make_grid, save_grid
-from .neighbours import Neighbours, nearest
+from maskdm_fast.eval.distances import Scores, compare, frechet_distance, kernel_distance, subset_indices
+from maskdm_fast.eval.features import FeatureNetwork, cached_features, compute_features, load_features
+from maskdm_fast.eval.grid import make_grid, save_grid
+from maskdm_fast.eval.neighbours import Neighbours, nearest
 
 __all__ = [
     "FeatureNetwork",

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from maskdm_fast import random
-
-from .features import FeatureNetwork, Images, Progress, compute_features
+from maskdm_fast.eval.features import FeatureNetwork, Images, Progress, compute_features
 
 _ROWS = 1024
 

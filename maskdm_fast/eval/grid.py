@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .features import Images
+from maskdm_fast.eval.features import Images
 
 _GUTTER = 224
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .features import FeatureNetwork, Images, compute_features
+from maskdm_fast.eval.features import FeatureNetwork, Images, compute_features
 
 
 class Neighbours(NamedTuple):

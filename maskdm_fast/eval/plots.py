@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .results import RunResult
+from maskdm_fast.eval.results import RunResult
 
 NUM_COLOURS = 4
 # Matplotlib writes these literally; they are then replaced by the page's variables, so light and dark themes both work.

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from .features import Images
-from .grid import make_grid, png_bytes
-from .plots import NUM_COLOURS, loss_curves
-from .results import NeighbourStrip, ReportData
-from .summary import SCORES_NOTE, score_sizes, scored_runs, verdict
+from maskdm_fast.eval.features import Images
+from maskdm_fast.eval.grid import make_grid, png_bytes
+from maskdm_fast.eval.plots import NUM_COLOURS, loss_curves
+from maskdm_fast.eval.results import NeighbourStrip, ReportData
+from maskdm_fast.eval.summary import SCORES_NOTE, score_sizes, scored_runs, verdict
 
 _LEGIBLE = 96  # px: a browser that enlarges a smaller image blurs it, or shows pixels of unequal size
 

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from .distances import Scores
-from .features import Images
-from .neighbours import Neighbours
+from maskdm_fast.eval.distances import Scores
+from maskdm_fast.eval.features import Images
+from maskdm_fast.eval.neighbours import Neighbours
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ import shutil
 import textwrap
 from collections.abc import Sequence
 
-from .results import ReportData, RunResult
+from maskdm_fast.eval.results import ReportData, RunResult
 
 _TIE = 0.05
 SCORES_NOTE = (
