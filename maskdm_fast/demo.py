@@ -22,7 +22,7 @@ from maskdm_fast.eval.report import write_report
 from maskdm_fast.eval.results import NeighbourStrip, ReportData, RunResult, StageResult
 from maskdm_fast.eval.summary import render_text
 from maskdm_fast.models import CONFIGS, UViTConfig
-from maskdm_fast.train import RunConfig, load_weights, read_metrics, train
+from maskdm_fast.train import RunConfig, TrainResult, load_weights, read_metrics, train
 from maskdm_fast.train.checkpoint import write_json_atomic
 from maskdm_fast.train.config import DenoisingConfig, MachineConfig, OutputConfig, format_mask
 from maskdm_fast.train.engine import make_world
@@ -30,6 +30,7 @@ from maskdm_fast.train.generation import generate
 from maskdm_fast.train.metrics import git_commit, machine, package_versions
 from maskdm_fast.train.progress import format_seconds, step_bar
 from maskdm_fast.train.runs import default_cache_dir, make_folder, open_store
+from maskdm_fast.train.signals import StopSignals
 
 _MASKED, _SCRATCH = "masked", "scratch"
 _NUM_SHOWN, _NUM_NEIGHBOURED = 64, 8
@@ -187,23 +188,20 @@ def _configs(plan: Plan, options: DemoOptions) -> dict[str, RunConfig]:
 def _train(plan: Plan, configs: dict[str, RunConfig], folder: Path) -> bool:
     """Train both arms to the full budget, in turns; False if a signal came."""
 
-    def train_until(name: str, seconds: float) -> float | None:
-        config = configs[name]
-        result = train(
-            replace(config, stage=replace(config.stage, max_seconds=seconds)), folder / name, title=f"{name:<18}"
-        )
-        return result.seconds if result.finished else None
+    with StopSignals() as signals:
 
-    for number in range(1, plan.rounds + 1):
-        target = plan.seconds * number / plan.rounds
-        pretrained = train_until(f"{_MASKED}/1-pretrain", min(target, plan.pretrain_share * plan.seconds))
-        if pretrained is None:
-            return False
-        # The last step of a stage overruns its share a little; the next stage pays for it.
-        if target > pretrained and train_until(f"{_MASKED}/2-finetune", target - pretrained) is None:
-            return False
-        if train_until(_SCRATCH, target) is None:
-            return False
+        def train_until(name: str, seconds: float) -> TrainResult:
+            stage = replace(configs[name].stage, max_seconds=seconds)
+            return train(replace(configs[name], stage=stage), folder / name, title=f"{name:<18}", signals=signals)
+
+        for number in range(1, plan.rounds + 1):
+            target = plan.seconds * number / plan.rounds
+            pretrained = train_until(f"{_MASKED}/1-pretrain", min(target, plan.pretrain_share * plan.seconds))
+            # The last step of a stage overruns its share a little; the next stage pays for it.
+            if pretrained.finished and target > pretrained.seconds:
+                train_until(f"{_MASKED}/2-finetune", target - pretrained.seconds)
+            if signals.received or not train_until(_SCRATCH, target).finished:
+                return False
     return True
 
 

@@ -199,10 +199,10 @@ class RunConfig(SharedConfig):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RunConfig":
-        """Read what `to_dict` wrote.
+        """Read what `to_dict` wrote; keys that are missing take their defaults.
 
         Raises:
-            ValueError: a key is missing or unknown, as when another version of the package wrote it.
+            ValueError: a key is unknown, as when a later version of the package wrote it.
         """
         return _from_json(cls, values)
 
@@ -271,8 +271,11 @@ def _from_json(kind: Any, value: Any) -> Any:
         return parse_mask(value)
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
-        names = [f.name for f in dataclasses.fields(kind)]
-        if set(names) != set(value):
-            raise ValueError(f"the keys of {kind.__name__} differ: {', '.join(sorted(set(names) ^ set(value)))}")
-        return kind(**{name: _from_json(hints[name], value[name]) for name in names})
+        unknown = value.keys() - {f.name for f in dataclasses.fields(kind)}
+        if unknown:
+            raise ValueError(
+                f"{kind.__name__} has no {', '.join(sorted(unknown))}; another version of the package wrote it"
+            )
+        # Keys that are newer than the file take their defaults.
+        return kind(**{name: _from_json(hints[name], item) for name, item in value.items()})
     return tuple(value) if isinstance(value, list) else value

@@ -8,7 +8,7 @@ from typing import Any, TextIO
 from maskdm_fast.train.config import DenoisingConfig
 from maskdm_fast.train.extras import require
 
-_BAR = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} images{postfix}"
+_BAR = "{desc} {percentage:3.0f}%|{bar}|{postfix}"
 
 
 class Progress:
@@ -16,33 +16,35 @@ class Progress:
 
     Args:
         title: name of the run.
-        limits: the stage, for its stopping rules.
-        images: images done when it begins.
-        file: where to write.
+        stage: for its stopping rules.
+        file: where to write; by default stderr.
     """
 
-    def __init__(self, title: str, limits: DenoisingConfig, images: int, file: TextIO | None = None) -> None:
+    def __init__(self, title: str, stage: DenoisingConfig, file: TextIO | None = None) -> None:
         self._file = sys.stderr if file is None else file
-        self._title, self._limits = title, limits
+        self._title, self._stage = title, stage
         self._bar = None
         if self._file.isatty():
-            self._bar = require("tqdm").tqdm(
-                desc=title, total=limits.num_images, initial=images, unit_scale=True, bar_format=_BAR, file=self._file
-            )
+            self._bar = require("tqdm").tqdm(desc=title, total=100, bar_format=_BAR, file=self._file)
 
-    def advance(self, images: int) -> None:
-        """Move on by this many images."""
+    def advance(self, images: int, seconds: float) -> None:
+        """Move the bar to the state after `images` and `seconds` of training."""
         if self._bar is not None:
-            self._bar.update(images)
+            self._bar.update(self._percent(images, seconds) - self._bar.n)
 
     def log(self, record: dict[str, Any]) -> None:
         """Show a line of metrics.jsonl."""
-        text = f"loss {record['loss']:.4f}, {record['images_per_s']:,.0f} images/s, {self._left(record)} left"
+        images, seconds = record["images"], record["seconds"]
+        percent = self._percent(images, seconds)
+        left = seconds * (100.0 / percent - 1.0)
+        text = (
+            f"{images:,} images, {record['images_per_s']:,.0f} images/s, loss {record['loss']:.4f}, "
+            f"{format_seconds(left)} left"
+        )
         if self._bar is not None:
             self._bar.set_postfix_str(text)
         else:
-            done, total = record["images"], self._limits.num_images
-            self.message(f"{self._title}: {done:,}/{total:,} images ({100 * done / total:.0f} %), {text}")
+            self.message(f"{self._title} {percent:3.0f}%: {text}")
 
     def message(self, text: str) -> None:
         """Show one line, above the bar if there is one."""
@@ -56,11 +58,14 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def _left(self, record: dict[str, Any]) -> str:
-        seconds = (self._limits.num_images - record["images"]) / record["images_per_s"]
-        if self._limits.max_seconds is not None:
-            seconds = min(seconds, self._limits.max_seconds - record["seconds"])
-        return format_seconds(max(0.0, seconds))
+    def _percent(self, images: int, seconds: float) -> float:
+        """Progress towards the stopping rule that is met first."""
+        shares = [
+            done / limit
+            for done, limit in ((images, self._stage.num_images), (seconds, self._stage.max_seconds))
+            if limit
+        ]
+        return min(100.0, 100.0 * max(shares))
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,16 @@ from maskdm_fast.train.stages import build_stage
 from maskdm_fast.train.trainer import Trainer, TrainResult
 
 
-def train(config: RunConfig, folder: Path | str, *, title: str | None = None) -> TrainResult:
+def train(
+    config: RunConfig, folder: Path | str, *, title: str | None = None, signals: StopSignals | None = None
+) -> TrainResult:
     """Start or resume a run.
 
     Args:
         config: what to train.
         folder: the run folder; made if missing. If it holds a run, that run goes on.
         title: shown beside the progress; by default the folder's name.
+        signals: of a caller who trains several runs in a row and already listens; by default the run listens itself.
 
     Raises:
         ValueError: the configuration cannot work, or differs from the one the folder was begun with.
@@ -33,7 +37,7 @@ def train(config: RunConfig, folder: Path | str, *, title: str | None = None) ->
     world = make_world(config.machine.device)
     store = open_store(config)
     make_folder(folder)
-    with checkpoints.locked(folder), StopSignals() as signals:
+    with checkpoints.locked(folder), nullcontext(signals) if signals else StopSignals() as signals:
         _claim(folder, config)
         checkpoint = checkpoints.resume(folder)
         weights = None
@@ -53,10 +57,11 @@ def train_recipe(recipe: Recipe, folder: Path | str) -> TrainResult:
     """
     recipe.validate()
     folder = Path(folder)
-    for name, config in recipe.runs():
-        result = train(config, folder / name, title=f"{folder.name}/{name}")
-        if not result.finished:
-            break
+    with StopSignals() as signals:
+        for name, config in recipe.runs():
+            result = train(config, folder / name, title=f"{folder.name}/{name}", signals=signals)
+            if not result.finished:
+                break
     return result
 
 
@@ -104,7 +109,7 @@ def _claim(folder: Path, config: RunConfig) -> None:
     """Write config.json, after checking that the folder was not begun with another configuration."""
     path, new = folder / checkpoints.CONFIG_NAME, config.to_dict()
     if path.exists():
-        old: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        old: dict[str, Any] = RunConfig.from_dict(json.loads(path.read_text("utf-8"))).to_dict()
         changed = differences(old, new)
         if changed:
             lines = "".join(f"\n  {line}" for line in changed)

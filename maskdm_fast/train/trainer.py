@@ -105,7 +105,7 @@ class Trainer:
             "data": self._data,
         }
         log = MetricsLog(self.folder, self.step, header)
-        progress = Progress(title, self.config.stage, self.images)
+        progress = Progress(title, self.config.stage)
         self._stopwatch = Stopwatch(self._seconds)
         logged = (self.step, self._seconds)
         try:
@@ -118,7 +118,7 @@ class Trainer:
                 values = self.stage.step(list(self._batches()), self.step)
                 self.step += 1
                 self._meter.update(values, self.step)
-                progress.advance(self.config.stage.batch_size)
+                progress.advance(self.images, self._stopwatch.seconds)
                 if self._due(self.config.output.log_images):
                     logged = self._log(log, progress, logged)
         except TrainingDivergedError as error:
@@ -129,11 +129,13 @@ class Trainer:
 
     def _stop_reason(self, signals: StopSignals) -> str | None:
         stage = self.config.stage
-        if self.images >= stage.num_images:
+        if signals.received:
+            return signals.received
+        if stage.num_images is not None and self.images >= stage.num_images:
             return "num_images"
         if stage.max_seconds is not None and self._stopwatch.seconds >= stage.max_seconds:
             return "max_seconds"
-        return signals.received
+        return None
 
     def _due(self, interval_images: int) -> bool:
         """Whether the step just done was the last of an interval (rounded to whole steps)."""

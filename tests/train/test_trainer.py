@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -293,3 +294,22 @@ def test_run_folder_that_cannot_be_made(make_config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RuntimeError, match="cannot write to the run folder"):
         train(make_config(), tmp_path / "file" / "run")
+
+
+def test_a_signal_between_stages_is_not_lost(make_config, tmp_path, monkeypatch):
+    """It comes while stage 1 writes its last checkpoint, when its stopping rule is met already."""
+    base = make_config()
+    shared = {name: getattr(base, name) for name in ("data", "model", "machine", "output")}
+    recipe = Recipe(stages=(("pretrain", base.stage), ("finetune", base.stage)), **shared)
+    real = checkpoint._write_tensors
+
+    def write(path, tensors):
+        if "step-00000012" in str(path):
+            os.kill(os.getpid(), signal.SIGTERM)
+        real(path, tensors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_write_tensors", write)
+        result = train_recipe(recipe, tmp_path)
+    assert (result.reason, result.finished, result.step) == ("SIGTERM", False, 0)
+    assert train_recipe(recipe, tmp_path).step == 12
