@@ -1,0 +1,109 @@
+"""What every benchmark shares: interleaved timing, and the record of where it ran."""
+
+import gc
+import os
+import platform
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import maskdm_fast
+from maskdm_fast.ops import backend
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def interleave(
+    contestants: Mapping[str, Callable[[], object]], repeats: int, *, shortest_ms: float = 1.0
+) -> dict[str, float]:
+    """Median time of one call of each contestant, in milliseconds.
+
+    The contestants take turns, so that a drift of the clock or a busy neighbour meets all of them; the first of each
+    round changes. A sample repeats fast calls until it lasts `shortest_ms`. Garbage collection is off.
+    """
+
+    def sample_ms(function: Callable[[], object], calls: int) -> float:
+        begin = time.perf_counter()
+        for _ in range(calls):
+            function()
+        return (time.perf_counter() - begin) * 1e3 / calls
+
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        calls = {}
+        for name, function in contestants.items():
+            for _ in range(2):
+                function()
+            once = min(sample_ms(function, 1) for _ in range(2))
+            calls[name] = max(1, round(shortest_ms / max(once, 1e-4)))
+        samples: dict[str, list[float]] = {name: [] for name in contestants}
+        names = list(contestants)
+        for turn in range(repeats):
+            for offset in range(len(names)):
+                name = names[(turn + offset) % len(names)]
+                samples[name].append(sample_ms(contestants[name], calls[name]))
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: statistics.median(times) for name, times in samples.items()}
+
+
+def copy_gb_per_s(mib: int = 256, repeats: int = 7) -> float:
+    """Bandwidth of a copy too large for any cache, counting each byte once read and once written."""
+    source = torch.ones(mib * 2**20 // 4)
+    target = torch.zeros_like(source)
+    milliseconds = interleave({"copy": lambda: target.copy_(source)}, repeats)["copy"]
+    return 2 * source.nbytes / milliseconds * 1e-6
+
+
+def _cpu_model() -> str:
+    path = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.+)", path.read_text()) if path.exists() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of the checkout, with -dirty if a tracked file differs from it; None outside a repository."""
+    command = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return result.stdout.strip() or None
+
+
+def environment() -> dict[str, Any]:
+    """``machine``, ``versions``, ``commit`` and ``command`` of this process."""
+    machine: dict[str, Any] = {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "isa": backend.native_info().get("isa"),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+    if hasattr(os, "getloadavg"):
+        machine["load_average"] = round(os.getloadavg()[0], 2)
+    return {
+        "machine": machine,
+        "versions": {
+            "maskdm_fast": maskdm_fast.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "commit": _commit(),
+        "command": shlex.join(["python", "-m", "benchmarks." + Path(sys.argv[0]).stem, *sys.argv[1:]]),
+    }
+
+
+def machine_slug(machine: Mapping[str, Any]) -> str:
+    """A file name for the kind of machine, e.g. ``amd-epyc-2c-x86-64-v4``."""
+    words = f"{machine['cpu']} {machine['cores']}c {machine['isa'] or 'reference'}"
+    return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")

@@ -1,0 +1,348 @@
+"""Every op beside the best plain PyTorch for the same job, on the same inputs.
+
+A `Task` holds functions that do one job, ours and the peers', and knows how to run any of them, forward and backward.
+Where PyTorch offers several ways, all are listed and the fastest counts.
+"""
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from maskdm_fast import ops, optim
+from maskdm_fast.testing import draw
+
+Outputs = tuple[Tensor, ...]
+Function = Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One job on one set of inputs.
+
+    Attributes:
+        num_bytes: least traffic, forward and backward: every input read once, every output written once.
+        ours: the job by maskdm_fast.
+        peers: the job in plain PyTorch, by name.
+        run: does the whole job with one of these functions, as it is timed.
+        check: the same with anything random fed in; what it returns agrees between all functions.
+        compiled: makes the compiled form of a peer.
+        to_compile: names of the peers that are worth compiling.
+    """
+
+    op: str
+    case: str
+    num_bytes: int
+    ours: Function
+    peers: dict[str, Function]
+    run: Callable[[Function], Outputs]
+    check: Callable[[Function], Outputs]
+    compiled: Callable[[str], Function]
+    to_compile: tuple[str, ...]
+
+    def check_parity(self, function: Function) -> None:
+        """Raise AssertionError unless `function` gives what ours gives."""
+        for index, (have, want) in enumerate(zip(self.check(function), self.check(self.ours), strict=True)):
+            torch.testing.assert_close(
+                have,
+                want,
+                rtol=2e-4,
+                atol=2e-5,
+                msg=lambda text, i=index: f"{self.op}, {self.case}, result {i}: {text}",
+            )
+
+
+def _static(function: Function) -> Function:
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def _with_gradients(
+    op: str,
+    case: str,
+    num_bytes: int,
+    ours: Function,
+    peers: dict[str, Function],
+    leaves: Outputs,
+    *,
+    to_compile: tuple[str, ...] | None = None,
+) -> Task:
+    """A task whose functions take `leaves` and return one tensor; the gradient of every leaf is part of the job."""
+    leaves = tuple(leaf.detach().requires_grad_() for leaf in leaves)
+    with torch.no_grad():
+        shape = ours(*leaves).shape
+    upstream = draw(tuple(shape), torch.float32, "cpu", seed=99)
+
+    def run(function: Function) -> Outputs:
+        output = function(*leaves)
+        return (output, *torch.autograd.grad(output, leaves, upstream))
+
+    names = to_compile if to_compile is not None else tuple(peers)
+    return Task(op, case, num_bytes, ours, peers, run, run, lambda name: _static(peers[name]), names)
+
+
+def noise_visible_patches(case: Any) -> Iterator[Task]:
+    inputs = _cases("noise_visible_patches").make_inputs(case, torch.float32, "cpu", seed=0)
+    images, ids_keep, alpha, sigma = (inputs[name] for name in ("images", "ids_keep", "alpha", "sigma"))
+    side, channels = case.patch_size, case.channels
+    rows, columns = case.height // side, case.width // side
+    values = side * side * channels
+
+    def ours(eps: Tensor | None = None) -> Outputs:
+        return ops.noise_visible_patches(**inputs)
+
+    def diffuse(pixels: Tensor, eps: Tensor | None) -> Outputs:
+        x0 = pixels.to(torch.float32) / 127.5 - 1.0
+        if eps is None:
+            eps = torch.randn(x0.shape)
+        return alpha[:, None, None] * x0 + sigma[:, None, None] * eps, eps
+
+    def advanced_indexing(eps: Tensor | None = None) -> Outputs:
+        grid = images.view(-1, rows, side, columns, side, channels)
+        image = torch.arange(images.shape[0])[:, None]
+        pixels = grid[image, ids_keep // columns, :, ids_keep % columns]  # [B, K, P, P, C]
+        return diffuse(pixels.reshape(-1, ids_keep.shape[1], values), eps)
+
+    def patchify_then_gather(eps: Tensor | None = None) -> Outputs:
+        grid = images.view(-1, rows, side, columns, side, channels).transpose(2, 3)
+        patches = grid.reshape(-1, rows * columns, values)
+        return diffuse(patches.gather(1, ids_keep[:, :, None].expand(-1, -1, values)), eps)
+
+    peers = {"advanced_indexing": advanced_indexing, "patchify_then_gather": patchify_then_gather}
+    eps = ours()[1]
+    visible = ids_keep.numel() * values
+    yield Task(
+        "noise_visible_patches",
+        case.name,
+        visible * (1 + 4 + 4) + ids_keep.nbytes,
+        ours,
+        peers,
+        run=lambda function: function(),
+        check=lambda function: function(eps=eps),
+        compiled=lambda name: _static(peers[name]),
+        to_compile=tuple(peers),
+    )
+
+
+def masked_attention(case: Any) -> Iterator[Task]:
+    qkv = _cases("masked_attention").make_inputs(case, torch.float32, "cpu", seed=0)["qkv"]
+
+    def sdpa(qkv: Tensor) -> Tensor:
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, K, E] each
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+    num_bytes = (
+        qkv.nbytes * 4
+    )  # forward reads q, k, v and writes o; backward reads these and grad_o, writes 3 gradients
+    yield _with_gradients("masked_attention", case.name, num_bytes, ops.masked_attention, {"sdpa": sdpa}, (qkv,))
+
+
+def masked_dsm_loss(case: Any) -> Iterator[Task]:
+    inputs = _cases("masked_dsm_loss").make_inputs(case, torch.float32, "cpu", seed=0)
+    pred, target, weight = inputs["pred"], inputs["target"], inputs["weight"]
+
+    def ours(pred: Tensor) -> Tensor:
+        return ops.masked_dsm_loss(pred, target, weight)
+
+    def square(pred: Tensor) -> Tensor:
+        return ((pred - target).square().mean(dim=(1, 2)) * weight).mean()
+
+    def mse_loss(pred: Tensor) -> Tensor:
+        return (F.mse_loss(pred, target, reduction="none").mean(dim=(1, 2)) * weight).mean()
+
+    peers = {"square": square, "mse_loss": mse_loss}
+    yield _with_gradients("masked_dsm_loss", case.name, 3 * pred.nbytes, ours, peers, (pred,), to_compile=("square",))
+
+
+def gather_tokens(case: Any) -> Iterator[Task]:
+    inputs = _cases("gather_tokens").make_inputs(case, torch.float32, "cpu", seed=0)
+    x, base, ids_keep = inputs["x"], inputs["base"], inputs["ids_keep"]
+    num_images, num_tokens, width = x.shape
+    num_visible = ids_keep.shape[1]
+    image = torch.arange(num_images)[:, None]
+
+    def flat_ids() -> Tensor:
+        return (ids_keep + image * num_tokens).flatten()
+
+    def gather_index_select(x: Tensor) -> Tensor:
+        return x.flatten(0, 1).index_select(0, flat_ids()).view(num_images, num_visible, width)
+
+    def gather_expanded(x: Tensor) -> Tensor:
+        return x.gather(1, ids_keep[:, :, None].expand(-1, -1, width))
+
+    def gather_advanced(x: Tensor) -> Tensor:
+        return x[image, ids_keep]
+
+    kept = torch.zeros(num_images, num_visible, width)
+    with torch.no_grad():
+        kept.copy_(gather_index_select(x))
+    yield _with_gradients(
+        "gather_tokens",
+        case.name,
+        3 * kept.nbytes + x.nbytes + 2 * ids_keep.nbytes,
+        lambda x: ops.gather_tokens(x, ids_keep),
+        {"index_select": gather_index_select, "gather": gather_expanded, "advanced_indexing": gather_advanced},
+        (x,),
+        to_compile=("index_select",),
+    )
+
+    def scatter_index_copy(kept: Tensor, base: Tensor) -> Tensor:
+        return base.flatten(0, 1).index_copy(0, flat_ids(), kept.flatten(0, 1)).view(base.shape)
+
+    def scatter_expanded(kept: Tensor, base: Tensor) -> Tensor:
+        return base.scatter(1, ids_keep[:, :, None].expand(-1, -1, width), kept)
+
+    def scatter_index_put(kept: Tensor, base: Tensor) -> Tensor:
+        return base.index_put((image, ids_keep), kept)
+
+    yield _with_gradients(
+        "scatter_tokens",
+        case.name,
+        (base.nbytes - kept.nbytes) + kept.nbytes + base.nbytes  # forward: the rest of base, x, the result
+        + base.nbytes + kept.nbytes + base.nbytes  # backward: grad, grad_x, grad_base
+        + 2 * ids_keep.nbytes,
+        lambda kept, base: ops.scatter_tokens(kept, ids_keep, num_tokens, base),
+        {"index_copy": scatter_index_copy, "scatter": scatter_expanded, "index_put": scatter_index_put},
+        (kept, base),
+        to_compile=("index_copy",),
+    )  # fmt: skip
+
+
+_LR, _BETAS, _EPS, _DECAY, _EMA_DECAY, _MAX_NORM = 1e-3, (0.9, 0.999), 1e-8, 0.03, 0.999, 1.0
+
+
+def _compilable_update(
+    param: Tensor, grad: Tensor, m: Tensor, v: Tensor, ema: Tensor, scale: Tensor, step_size: Tensor, bias2: Tensor,
+    ema_rate: Tensor,
+) -> None:  # fmt: skip
+    g = grad * scale
+    first = m.lerp(g, 1 - _BETAS[0])
+    second = v * _BETAS[1] + (1 - _BETAS[1]) * g * g
+    new = param * (1 - _LR * _DECAY) - step_size * first / (second.sqrt() / bias2 + _EPS)
+    m.copy_(first)
+    v.copy_(second)
+    ema.copy_(ema.lerp(new, ema_rate))
+    param.copy_(new)
+
+
+def adamw_ema(case: Any) -> Iterator[Task]:
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator) for shape in case.shapes]
+    grads = [torch.randn(shape, generator=generator) for shape in case.shapes]
+
+    def parameters() -> list[torch.nn.Parameter]:
+        params = [torch.nn.Parameter(value.clone()) for value in start]
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad.clone()
+        return params
+
+    def ours() -> Function:
+        params = parameters()
+        optimizer = optim.AdamWEMA(params, _LR, _BETAS, _EPS, _DECAY, _EMA_DECAY, max_grad_norm=_MAX_NORM)
+
+        def step() -> Outputs:
+            optimizer.step()
+            return (*params, *optimizer.ema_parameters())
+
+        return step
+
+    def fused() -> Function:
+        params = parameters()
+        optimizer = torch.optim.AdamW(params, _LR, _BETAS, _EPS, _DECAY, fused=True)
+        emas = [param.detach().clone() for param in params]
+        count = 0
+
+        @torch.no_grad()
+        def step() -> Outputs:
+            nonlocal count
+            count += 1
+            torch.nn.utils.clip_grad_norm_(params, _MAX_NORM, foreach=True)
+            optimizer.step()
+            torch._foreach_lerp_(emas, params, 1.0 - optim.adamw_ema.ema_decay_at(count, _EMA_DECAY))
+            return (*params, *emas)
+
+        return step
+
+    def one_kernel(name: str) -> Function:
+        """All passes but the norm's in one kernel, compiled once for every length and called per tensor."""
+        update = torch.compile(_compilable_update, fullgraph=True, dynamic=True)
+        params = parameters()
+        emas = [value.clone() for value in start]
+        flat = [
+            [
+                tensor.detach().view(-1)
+                for tensor in (param, param.grad, torch.zeros_like(ema), torch.zeros_like(ema), ema)
+            ]
+            for param, ema in zip(params, emas, strict=True)
+        ]
+        count = 0
+
+        @torch.no_grad()
+        def step() -> Outputs:
+            nonlocal count
+            count += 1
+            norm = torch.nn.utils.get_total_norm([param.grad for param in params], foreach=True)
+            scale = (_MAX_NORM / (norm + 1e-6)).clamp(max=1.0)
+            rate = 1.0 - optim.adamw_ema.ema_decay_at(count, _EMA_DECAY)
+            scalars = [_LR / (1 - _BETAS[0] ** count), (1 - _BETAS[1] ** count) ** 0.5, rate]
+            for tensors in flat:
+                update(*tensors, scale, *(torch.tensor(value) for value in scalars))
+            return (*params, *emas)
+
+        return step
+
+    # Every function owns its state, so the k-th call of one is compared with the k-th call of another.
+    first: dict[Function, Outputs] = {}
+
+    def check(function: Function) -> Outputs:
+        if function not in first:
+            first[function] = tuple(value.detach().clone() for value in function())
+        return first[function]
+
+    yield Task(
+        "adamw_ema",
+        case.name,
+        10
+        * sum(value.nbytes for value in start),  # the norm reads g; then p, g, m, v, ema are read and all but g written
+        ours(),
+        {"AdamW(fused) + clip + lerp": fused()},
+        run=lambda function: function(),
+        check=check,
+        compiled=one_kernel,
+        to_compile=("one kernel per tensor",),
+    )
+
+
+BUILDERS: dict[str, Callable[[Any], Iterator[Task]]] = {
+    "noise_visible_patches": noise_visible_patches,
+    "gather_tokens": gather_tokens,
+    "masked_attention": masked_attention,
+    "masked_dsm_loss": masked_dsm_loss,
+    "adamw_ema": adamw_ema,
+}
+
+# Cases without an element: what is left is the cost of a call.
+_EMPTY: dict[str, dict[str, Any]] = {
+    "noise_visible_patches": {"num_images": 0},
+    "gather_tokens": {"num_images": 0},
+    "masked_attention": {"lengths": ()},
+    "masked_dsm_loss": {"lengths": ()},
+    "adamw_ema": {"shapes": ((0,),)},
+}
+
+
+def _cases(op: str) -> Any:
+    return importlib.import_module(f"maskdm_fast.ops.{op}.cases")
+
+
+def benchmark_cases(op: str) -> tuple[Any, ...]:
+    """The shapes that `op` is measured on."""
+    return _cases(op).BENCHMARKS
+
+
+def empty_case(op: str) -> Any:
+    """The first of them without an element in it."""
+    return dataclasses.replace(benchmark_cases(op)[0], name="empty", **_EMPTY[op])
