@@ -13,14 +13,14 @@ TORCH ?= torch>=2.11
 ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.maskdm_fast_installed
-SOURCES := $(shell git ls-files '*.cpp' '*.h')
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
 .PHONY: demo test lint format bench clean
 demo: $(INSTALLED)
 	$(BIN)/maskdm-fast demo $(ARGS)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

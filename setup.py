@@ -1,7 +1,7 @@
 """Builds the native libraries with CMake and packs them as plain data: no Python ABI, one wheel per platform.
 
 Environment:
-    MASKDM_WITH_NATIVE=0    do not compile anything; =1: fail when it cannot be compiled (default: warn and go on)
+    MASKDM_WITH_NATIVE=0    do not compile anything; =1: fail when it cannot be compiled; default: warn, go on
     MASKDM_SANITIZE=1       build with AddressSanitizer and UndefinedBehaviorSanitizer
     CUDA_HOME               root of the CUDA toolkit, looked at first
 """
@@ -22,24 +22,32 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 
 
-def _toolkit_root_of(nvcc: str) -> Path | None:
-    """The root that `nvcc` itself reports; unlike the path it was found at, right for wrapper scripts and links too."""
+def _output_of(*command: str | Path) -> str:
+    """What `command` prints, or nothing if it cannot run."""
     try:
-        result = subprocess.run(
-            [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull],
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
-        return None
-    match = re.search(r"^#\$ TOP=(.+)$", result.stderr, re.MULTILINE)
-    return Path(match[1].strip()).resolve() if match else None
+        return ""
+    return result.stdout
+
+
+def _toolkit_root_of(nvcc: str) -> Path:
+    """The root that `nvcc` itself reports: right for wrapper scripts too, which lie anywhere.
+
+    Called through a link, nvcc looks for its files beside the link and reports nothing; then what the link leads to
+    is asked.
+    """
+    for command in (nvcc, os.path.realpath(nvcc)):
+        output = _output_of(command, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull)
+        match = re.search(r"^#\$ TOP=(.+)$", output, re.MULTILINE)
+        if match:
+            return Path(match[1].strip()).resolve()
+    return Path(nvcc)
 
 
 def _is_toolkit(root: Path) -> bool:
-    files = (root / "bin" / "nvcc", root / "include" / "cuda_runtime.h")
-    return all(file.exists() for file in files) and (root / "lib64").is_dir()
+    nvcc, header = root / "bin" / "nvcc", root / "include" / "cuda_runtime.h"
+    return os.access(nvcc, os.X_OK) and header.exists() and (root / "lib64").is_dir()
 
 
 def find_cuda_toolkit(environ: dict[str, str], standard: str = "/usr/local/cuda") -> dict[str, str]:
@@ -55,14 +63,11 @@ def find_cuda_toolkit(environ: dict[str, str], standard: str = "/usr/local/cuda"
     candidates.append(("standard location", Path(standard)))
     nvcc = shutil.which("nvcc", path=environ.get("PATH", ""))
     if nvcc is not None:
-        root = _toolkit_root_of(nvcc)
-        if root is not None:
-            candidates.append(("nvcc on PATH", root))
+        candidates.append(("nvcc on PATH", _toolkit_root_of(nvcc)))
     for found_by, path in candidates:
         root = path.resolve()
         if _is_toolkit(root):
-            output = subprocess.run([root / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
-            match = re.search(r"release ([\d.]+)", output)
+            match = re.search(r"release ([\d.]+)", _output_of(root / "bin" / "nvcc", "--version"))
             return {"root": str(root), "found_by": found_by, "version": match[1] if match else "unknown"}
     tried = ", ".join(f"{path} ({found_by})" for found_by, path in candidates)
     return {"missing": f"no CUDA toolkit with bin/nvcc, include/cuda_runtime.h and lib64/ at: {tried}"}
@@ -75,6 +80,8 @@ class BuildNative(build_ext):
         in_place = self.inplace or self.editable_mode
         target = (ROOT if in_place else Path(self.build_lib)) / "maskdm_fast" / "lib"
         wanted = os.environ.get("MASKDM_WITH_NATIVE", "auto")
+        if wanted not in ("auto", "0", "1"):
+            raise ValueError(f"MASKDM_WITH_NATIVE is {wanted!r}, want 0 or 1")
         record: dict[str, object] = {"cuda_toolkit": find_cuda_toolkit(dict(os.environ))}
         if wanted == "0":
             record["skipped"] = "MASKDM_WITH_NATIVE=0"

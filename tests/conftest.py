@@ -1,10 +1,27 @@
 """Settings that every test shares."""
 
 import os
+import re
+import subprocess
+from pathlib import Path
 
+import pytest
 import torch
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # xdist runs one process per core; more threads in each, or in what the tests start, would fight over them.
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def project_files() -> tuple[Path, ...]:
+    """Absolute paths of the project's own files: what git tracks, or all of an unpacked sdist but what builds leave."""
+    root = Path(__file__).resolve().parents[1]
+    if (root / ".git").exists():
+        output = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True, check=True).stdout
+        paths = [root / name for name in output.split("\0") if name]
+    else:
+        left = re.compile(r"(^|/)(build|dist|runs|maskdm_fast/lib|\.venv|\.\w+_cache|__pycache__|[^/]*\.egg-info)/")
+        paths = [path for path in root.rglob("*") if not left.search(path.relative_to(root).as_posix())]
+    return tuple(sorted(path for path in paths if path.is_file()))
