@@ -85,6 +85,7 @@ class Stopwatch:
 
     @property
     def seconds(self) -> float:
+        """Seconds so far."""
         return self._seconds + (0.0 if self._start is None else time.monotonic() - self._start)
 
     @contextmanager
@@ -127,6 +128,7 @@ class MetricsLog:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
 
