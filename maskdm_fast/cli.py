@@ -51,6 +51,9 @@ class UsageError(ValueError):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. Errors of the user are one line on stderr, not a traceback."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # OpenMP threads that spin while they wait take the cores from each other where other programs run too: training on
+    # two cores shared with two other processes was three times slower. OpenMP reads this when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     warnings.showwarning = lambda message, *_, **__: print(f"{PROGRAM}: warning: {message}", file=sys.stderr)
     try:
         return _dispatch(arguments)

@@ -50,7 +50,7 @@ class DemoOptions:
     smoke: bool = False
     """Do all of it in less than a minute, with a model too small to learn anything."""
     minutes: float | None = None
-    """Training time of each arm, in minutes, without set-up, sampling and scoring. Default: 2 (0.05 with --smoke)."""
+    """Training time of each arm, in minutes, without set-up, sampling and scoring. Default: 1.75 (0.05 with --smoke)."""
     out: str | None = None
     """Folder of the report and of all runs. Default: runs/demo (runs/demo-smoke with --smoke)."""
     seed: int = 0
@@ -89,7 +89,7 @@ class Plan:
 
 def make_plan(options: DemoOptions) -> Plan:
     """The plan of a demo; ValueError if the time is not positive."""
-    minutes = options.minutes if options.minutes is not None else (0.05 if options.smoke else 2.0)
+    minutes = options.minutes if options.minutes is not None else (0.05 if options.smoke else 1.75)
     if minutes <= 0:
         raise ValueError(f"--minutes is {options.minutes}, want more than 0")
     pretrain = DenoisingConfig(
