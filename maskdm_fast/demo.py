@@ -26,6 +26,7 @@ from maskdm_fast.train import RunConfig, TrainResult, load_weights, read_metrics
 from maskdm_fast.train.checkpoint import write_json_atomic
 from maskdm_fast.train.config import DenoisingConfig, MachineConfig, OutputConfig, format_mask
 from maskdm_fast.train.engine import make_world
+from maskdm_fast.train.extras import require
 from maskdm_fast.train.generation import generate
 from maskdm_fast.train.metrics import git_commit, machine, package_versions
 from maskdm_fast.train.progress import format_seconds, step_bar
@@ -50,7 +51,7 @@ class DemoOptions:
     smoke: bool = False
     """Do all of it in less than a minute, with a model too small to learn anything."""
     minutes: float | None = None
-    """Training time of each arm, in minutes, without set-up, sampling and scoring. Default: 1.75 (0.05 with --smoke)."""
+    """Training time of each arm, in minutes; set-up, sampling and scoring come on top. Default: 1.75, --smoke 0.05."""
     out: str | None = None
     """Folder of the report and of all runs. Default: runs/demo (runs/demo-smoke with --smoke)."""
     seed: int = 0
@@ -140,7 +141,10 @@ def run(options: DemoOptions) -> int:
     plan = make_plan(options)
     folder = Path(options.out or ("runs/demo-smoke" if options.smoke else "runs/demo"))
     device = make_world(options.device).device
-    network = load_features().to(device)  # what is missing shows now, not after training
+    # What is missing must show now, not after training.
+    for module in ("torchmetrics", "jinja2", "matplotlib", "PIL"):
+        require(module, "eval")
+    network = load_features().to(device)
     make_folder(folder)
     _claim(folder, {"smoke": options.smoke, "seconds": plan.seconds, "seed": options.seed})
     summary_path = folder / _SUMMARY_NAME

@@ -10,6 +10,7 @@ from maskdm_fast.data import ImageStore, open_dataset
 from maskdm_fast.train import checkpoint as checkpoints
 from maskdm_fast.train.config import Recipe, RunConfig, differences
 from maskdm_fast.train.engine import make_world
+from maskdm_fast.train.extras import require
 from maskdm_fast.train.signals import StopSignals
 from maskdm_fast.train.stages import build_stage
 from maskdm_fast.train.trainer import Trainer, TrainResult
@@ -33,6 +34,9 @@ def train(
         CheckpointError: a checkpoint cannot be written, or those that are there are all damaged.
     """
     config.validate()
+    # What is missing must show now, not at the first checkpoint.
+    for module in ("safetensors.torch", *(["PIL"] if config.output.preview_images else [])):
+        require(module)
     folder = Path(folder)
     world = make_world(config.machine.device)
     store = open_store(config)

@@ -2,6 +2,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -313,3 +314,13 @@ def test_a_signal_between_stages_is_not_lost(make_config, tmp_path, monkeypatch)
         result = train_recipe(recipe, tmp_path)
     assert (result.reason, result.finished, result.step) == ("SIGTERM", False, 0)
     assert train_recipe(recipe, tmp_path).step == 12
+
+
+@pytest.mark.parametrize(("module", "named"), [("safetensors.torch", "safetensors"), ("PIL", "PIL")])
+def test_missing_packages_show_before_work_starts(make_config, tmp_path, monkeypatch, module, named):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(
+        RuntimeError, match=rf"'{named}.* is not installed; install it with: pip install 'maskdm_fast\[train"
+    ):
+        train(make_config(preview_images=1), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
