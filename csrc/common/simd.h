@@ -72,17 +72,54 @@ template <class V>
 MASKDM_INLINE V maximum(V a, V b) {
   return a > b ? a : b;
 }
-template <class T>
-MASKDM_INLINE T sum_of(vector_t<T> v) {
-  T total = 0;
-  for (int i = 0; i < kLanes<T>; ++i) total += v[i];
-  return total;
+
+// The lanes of a and b in turns, a[0] b[0] a[1] b[1] ..: the first half of that sequence, or the second.
+#if defined(__clang__)
+#define MASKDM_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define MASKDM_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, mask_of_t<decltype(a)>{__VA_ARGS__})
+template <class V>
+using mask_of_t = decltype(V{} == V{});
+#endif
+template <class V>
+MASKDM_INLINE V interleave_low(V a, V b) {
+  constexpr int lanes = sizeof(V) / sizeof(a[0]);
+  if constexpr (lanes == 2) return MASKDM_SHUFFLE(a, b, 0, 2);
+  if constexpr (lanes == 4) return MASKDM_SHUFFLE(a, b, 0, 4, 1, 5);
+  if constexpr (lanes == 8) return MASKDM_SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+  if constexpr (lanes == 16) return MASKDM_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
 }
+template <class V>
+MASKDM_INLINE V interleave_high(V a, V b) {
+  constexpr int lanes = sizeof(V) / sizeof(a[0]);
+  if constexpr (lanes == 2) return MASKDM_SHUFFLE(a, b, 1, 3);
+  if constexpr (lanes == 4) return MASKDM_SHUFFLE(a, b, 2, 6, 3, 7);
+  if constexpr (lanes == 8) return MASKDM_SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+  if constexpr (lanes == 16) {
+    return MASKDM_SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  }
+}
+
+// to[c, r] = from[r, c] for rows x columns elements, both multiples of the lanes.
 template <class T>
-MASKDM_INLINE T max_of(vector_t<T> v) {
-  T best = v[0];
-  for (int i = 1; i < kLanes<T>; ++i) best = v[i] > best ? v[i] : best;
-  return best;
+inline void transpose(const T* from, int64_t from_row, int64_t rows, int64_t columns, T* to, int64_t to_row) {
+  constexpr int L = kLanes<T>;
+  for (int64_t r = 0; r < rows; r += L) {
+    for (int64_t c = 0; c < columns; c += L) {
+      vector_t<T> v[L], w[L];
+      for (int i = 0; i < L; ++i) v[i] = load(from + (r + i) * from_row + c);
+      // Interleaving the first half of the rows with the second rotates the bits of the pair (row, lane) by one place;
+      // after log2(L) times row and lane have changed places.
+      for (int step = 1; step < L; step *= 2) {
+        for (int i = 0; i < L / 2; ++i) {
+          w[2 * i] = interleave_low(v[i], v[i + L / 2]);
+          w[2 * i + 1] = interleave_high(v[i], v[i + L / 2]);
+        }
+        for (int i = 0; i < L; ++i) v[i] = w[i];
+      }
+      for (int i = 0; i < L; ++i) store(to + (c + i) * to_row + r, v[i]);
+    }
+  }
 }
 
 MASKDM_INLINE vint as_int(vfloat x) {

@@ -34,14 +34,22 @@ MASKDM_INLINE void gemm_tile(int64_t depth, ConstMatrix<T> a, const T* b, int64_
 }
 
 template <class T, int Vectors, bool Add, int Rows>
-void gemm_rows(int64_t rows, int64_t depth, ConstMatrix<T> a, const T* b, int64_t b_row, T* c, int64_t c_row) {
-  for (; rows >= Rows; rows -= Rows) {
-    gemm_tile<T, Rows, Vectors, Add>(depth, a, b, b_row, c, c_row);
-    a.data += Rows * a.row;
-    c += Rows * c_row;
-  }
+void gemm_tile_of(int64_t rows, int64_t depth, ConstMatrix<T> a, const T* b, int64_t b_row, T* c, int64_t c_row) {
   if constexpr (Rows > 1) {
-    if (rows > 0) gemm_rows<T, Vectors, Add, Rows / 2>(rows, depth, a, b, b_row, c, c_row);
+    if (rows < Rows) return gemm_tile_of<T, Vectors, Add, Rows - 1>(rows, depth, a, b, b_row, c, c_row);
+  }
+  gemm_tile<T, Rows, Vectors, Add>(depth, a, b, b_row, c, c_row);
+}
+
+// The rows in tiles of nearly equal height, at most MaxRows: a low last tile would leave the multipliers waiting.
+template <class T, int Vectors, bool Add, int MaxRows>
+void gemm_rows(int64_t rows, int64_t depth, ConstMatrix<T> a, const T* b, int64_t b_row, T* c, int64_t c_row) {
+  for (int64_t tiles = (rows + MaxRows - 1) / MaxRows; tiles > 0; --tiles) {
+    const int64_t height = (rows + tiles - 1) / tiles;
+    gemm_tile_of<T, Vectors, Add, MaxRows>(height, depth, a, b, b_row, c, c_row);
+    rows -= height;
+    a.data += height * a.row;
+    c += height * c_row;
   }
 }
 
@@ -49,21 +57,19 @@ void gemm_rows(int64_t rows, int64_t depth, ConstMatrix<T> a, const T* b, int64_
 template <class T, bool Add>
 void gemm(int64_t rows, int64_t columns, int64_t depth, ConstMatrix<T> a, const T* b, int64_t b_row, T* c,
           int64_t c_row) {
-#if defined(__AVX512F__) || defined(__aarch64__)
-  constexpr int kWide = 4, kWideRows = 6, kRows = 8;
-#else
-  constexpr int kWide = 2, kWideRows = 6, kRows = 6;
-#endif
   int64_t j = 0;
-  for (; columns - j >= kWide * kLanes<T>; j += kWide * kLanes<T>) {
-    gemm_rows<T, kWide, Add, kWideRows>(rows, depth, a, b + j, b_row, c + j, c_row);
+#if defined(__AVX512F__) || defined(__aarch64__)
+  for (; columns - j >= 4 * kLanes<T>; j += 4 * kLanes<T>) {
+    gemm_rows<T, 4, Add, 6>(rows, depth, a, b + j, b_row, c + j, c_row);
   }
-  if constexpr (kWide == 4) {
-    for (; columns - j >= 2 * kLanes<T>; j += 2 * kLanes<T>) {
-      gemm_rows<T, 2, Add, kRows>(rows, depth, a, b + j, b_row, c + j, c_row);
-    }
+  constexpr int kRows = 12;
+#else
+  constexpr int kRows = 6;
+#endif
+  for (; columns - j >= 2 * kLanes<T>; j += 2 * kLanes<T>) {
+    gemm_rows<T, 2, Add, kRows>(rows, depth, a, b + j, b_row, c + j, c_row);
   }
-  for (; j < columns; j += kLanes<T>) gemm_rows<T, 1, Add, kRows>(rows, depth, a, b + j, b_row, c + j, c_row);
+  for (; j < columns; j += kLanes<T>) gemm_rows<T, 1, Add, 12>(rows, depth, a, b + j, b_row, c + j, c_row);
 }
 
 }  // namespace maskdm::MASKDM_ISA

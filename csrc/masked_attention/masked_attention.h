@@ -2,13 +2,13 @@
 //
 //   S = scale q k^T,   P = softmax(S),   o = P v,   lse = log sum_j exp(S_ij)
 //
-// and backward, with delta_i = sum_e grad_o_ie o_ie:
+// and backward, with dP = grad_o v^T and delta_i = sum_j P_ij dP_ij (which is sum_e grad_o_ie o_ie, so o is not needed):
 //
-//   grad_v = P^T grad_o,   dS = P (grad_o v^T - delta),   grad_q = scale dS k,   grad_k = scale dS^T q
+//   grad_v = P^T grad_o,   dS = P (dP - delta),   grad_q = scale dS k,   grad_k = scale dS^T q
 //
-// One item is one (image, head). Its k^T, v and a block of kRowBlock rows of S stay in cache; q, k, v are read once through
-// their strides and no other layout of them is ever written to memory. FLOPs: 4 L^2 E forward, 10 L^2 E backward (S is
-// computed again from lse). Every element of every gradient is written by one item in one order: deterministic.
+// One item is one (image, head). Its q, k, v and a block of kRowBlock columns of S^T stay in cache; q, k, v are read once
+// through their strides and no other layout of them is ever written to memory. FLOPs: 4 L^2 E forward, 10 L^2 E backward
+// (S is computed again from lse). Every element of every gradient is written by one item in one order: deterministic.
 #pragma once
 
 #include "common/dtype.h"
@@ -29,9 +29,8 @@ struct AttentionArgs {
   int64_t num_heads, head_dim, longest;  // longest: the largest L
   double scale;
   HeadsView q, k, v;
-  // forward: written; backward: read. Contiguous [T, H, E] and [T, H].
-  char* o;
-  char* lse;
+  char* o;    // forward: written, contiguous [T, H, E]
+  char* lse;  // forward: written; backward: read. Contiguous [T, H]
   // backward only
   HeadsView grad_o;
   char* grad_qkv;  // contiguous [T, 3, H, E]

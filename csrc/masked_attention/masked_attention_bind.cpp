@@ -14,7 +14,7 @@ HeadsView view_of(const Tensor& tensor) {
 }
 
 AttentionArgs args_of(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& cu_seqlens,
-                      double scale, const Tensor& o, const Tensor& lse) {
+                      double scale, const Tensor& lse) {
   const char* op = "masked_attention";
   AttentionArgs args{};
   args.dtype = dtype_of(op, q);
@@ -26,7 +26,7 @@ AttentionArgs args_of(const Tensor& q, const Tensor& k, const Tensor& v, const s
   }
   args.scale = scale;
   args.q = view_of(q), args.k = view_of(k), args.v = view_of(v);
-  args.o = mutable_bytes_of(o), args.lse = mutable_bytes_of(lse);
+  args.lse = mutable_bytes_of(lse);
   return args;
 }
 
@@ -48,19 +48,20 @@ std::tuple<Tensor, Tensor> masked_attention_fwd(Tensor q, Tensor k, Tensor v, st
   shape.pop_back();
   Tensor lse = torch::stable::new_empty(q, shape,
                                         q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
-  const AttentionArgs args = args_of(q, k, v, cu_seqlens, scale, o, lse);
+  AttentionArgs args = args_of(q, k, v, cu_seqlens, scale, lse);
+  args.o = mutable_bytes_of(o);
   const auto& kernels = MASKDM_KERNELS(masked_attention_kernels);
   run_items(args, 4.0, kernels.forward_scratch, kernels.forward);
   return {o, lse};
 }
 
 // -> grad_qkv [..., 3, H, E]
-Tensor masked_attention_bwd(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse,
-                            std::optional<Tensor> cu_seqlens, double scale) {
+Tensor masked_attention_bwd(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor lse, std::optional<Tensor> cu_seqlens,
+                            double scale) {
   std::vector<int64_t> shape(q.sizes().begin(), q.sizes().end());
   shape.insert(shape.end() - 2, 3);
   Tensor grad_qkv = torch::stable::new_empty(q, shape);
-  AttentionArgs args = args_of(q, k, v, cu_seqlens, scale, o, lse);
+  AttentionArgs args = args_of(q, k, v, cu_seqlens, scale, lse);
   args.grad_o = view_of(grad_o);
   args.grad_qkv = mutable_bytes_of(grad_qkv);
   const auto& kernels = MASKDM_KERNELS(masked_attention_kernels);
@@ -74,7 +75,7 @@ Tensor masked_attention_bwd(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor 
 STABLE_TORCH_LIBRARY_FRAGMENT(maskdm_fast, m) {
   m.def("masked_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, float scale) -> (Tensor, Tensor)");
   m.def(
-      "masked_attention_bwd(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor? cu_seqlens, "
+      "masked_attention_bwd(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor? cu_seqlens, "
       "float scale) -> Tensor");
 }
 

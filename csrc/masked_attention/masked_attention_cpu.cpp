@@ -6,7 +6,7 @@
 namespace maskdm::MASKDM_ISA {
 namespace {
 
-constexpr int64_t kRowBlock = 96;  // rows of S at once: with 417 keys one block is 160 KiB, inside any level-2 cache
+constexpr int64_t kRowBlock = 96;  // queries at once: with 417 keys a block of S is 160 KiB, inside any level-2 cache
 
 // Hands out pieces of the scratch, each on a 64-byte boundary.
 class Arena {
@@ -25,33 +25,35 @@ class Arena {
   int64_t used_ = 0;
 };
 
-// Where the forward and the backward pass keep one (image, head).
+// Where the forward and the backward pass keep one (image, head). S is held transposed, keys down and queries across: a
+// vector then holds one key of several queries, and maxima and sums over the keys need no step across lanes.
 template <class Acc>
 struct Workspace {
-  int64_t keys, width;  // longest and head_dim, rounded up to whole vectors
-  Acc *k_t, *q;         // k^T [E, keys], q [L, width]
-  Acc* s;               // a block of S, then of P [kRowBlock, keys]
-  Acc* out_rows;        // a block of o, or of grad_q [kRowBlock, width]
-  Acc* v;               // forward: [L, width]
-  // backward: v^T [E, keys], a block of grad_s [kRowBlock, keys], the others [L, width]
-  Acc *v_t, *k, *grad_o, *grad_s, *grad_k, *grad_v;
+  int64_t padded, width;  // longest and head_dim, rounded up to whole vectors
+  Acc *q, *q_t;           // [padded, width] and [width, padded], times scale
+  Acc *k, *v;             // [longest, width]
+  Acc* p_t;               // a block of S^T, then of P^T [longest, kRowBlock]
+  Acc* out_rows;          // a block of o, or of grad_q [kRowBlock, width]
+  // backward only
+  Acc *grad_o, *grad_o_t;  // as q
+  Acc* grad_s_t;           // as p_t
+  Acc *grad_k, *grad_v;    // as k
   int64_t bytes;
 
   Workspace(const AttentionArgs& a, bool backward, char* scratch)
-      : keys(round_up_to_lanes<Acc>(a.longest)), width(round_up_to_lanes<Acc>(a.head_dim)) {
+      : padded(round_up_to_lanes<Acc>(a.longest)), width(round_up_to_lanes<Acc>(a.head_dim)) {
     Arena arena(scratch);
-    const int64_t block = (a.longest < kRowBlock ? a.longest : kRowBlock);
-    k_t = arena.take<Acc>(a.head_dim * keys);
-    q = arena.take<Acc>(a.longest * width);
-    s = arena.take<Acc>(block * keys);
+    const int64_t block = padded < kRowBlock ? padded : kRowBlock;
+    q = arena.take<Acc>(padded * width);
+    q_t = arena.take<Acc>(padded * width);
+    k = arena.take<Acc>(a.longest * width);
+    v = arena.take<Acc>(a.longest * width);
+    p_t = arena.take<Acc>(a.longest * block);
     out_rows = arena.take<Acc>(block * width);
-    if (!backward) {
-      v = arena.take<Acc>(a.longest * width);
-    } else {
-      v_t = arena.take<Acc>(a.head_dim * keys);
-      k = arena.take<Acc>(a.longest * width);
-      grad_o = arena.take<Acc>(a.longest * width);
-      grad_s = arena.take<Acc>(block * keys);
+    if (backward) {
+      grad_o = arena.take<Acc>(padded * width);
+      grad_o_t = arena.take<Acc>(padded * width);
+      grad_s_t = arena.take<Acc>(a.longest * block);
       grad_k = arena.take<Acc>(a.longest * width);
       grad_v = arena.take<Acc>(a.longest * width);
     }
@@ -66,138 +68,130 @@ const T* row_of(const AttentionArgs& a, const HeadsView& view, int64_t image, in
   return reinterpret_cast<const T*>(view.data) + offset + head * view.head;
 }
 
-// [L, E] of one head, times factor, into rows of `width` with the padding zeroed.
+// to[i] = from[i] factor for i < n, and 0 up to width.
+template <class From, class To, class Acc>
+MASKDM_INLINE void scale_row(const From* from, To* to, int64_t n, int64_t width, Acc factor) {
+  int64_t i = 0;
+  if constexpr (std::is_same_v<From, Acc> && std::is_same_v<To, Acc>) {
+    for (; i + kLanes<Acc> <= n; i += kLanes<Acc>) store(to + i, load(from + i) * factor);
+  }
+  for (; i < n; ++i) from_acc(static_cast<Acc>(to_acc(from[i])) * factor, to[i]);
+  for (; i < width; ++i) from_acc(Acc(0), to[i]);
+}
+
+// [L, E] of one head, times factor, into rows of `width`; the padding, down to `rows` too, is zeroed.
 template <class T, class Acc>
 void read_rows(const AttentionArgs& a, const HeadsView& view, int64_t image, int64_t head, int64_t length, Acc factor,
-               Acc* to, int64_t width) {
+               Acc* to, int64_t width, int64_t rows) {
   for (int64_t t = 0; t < length; ++t, to += width) {
     const T* from = row_of<T>(a, view, image, t, head);
-    for (int64_t e = 0; e < a.head_dim; ++e) to[e] = static_cast<Acc>(to_acc(from[e])) * factor;
-    for (int64_t e = a.head_dim; e < width; ++e) to[e] = 0;
+    // The same row of the next head, which is the next item: rows of one head lie too far apart for the hardware to guess.
+    for (int64_t e = 0; e < a.head_dim; e += 64 / sizeof(T)) __builtin_prefetch(from + view.head + e);
+    scale_row(from, to, a.head_dim, width, factor);
   }
-}
-
-// [E, L] of one head, in rows of `keys` with the padding zeroed.
-template <class T, class Acc>
-void read_transposed(const AttentionArgs& a, const HeadsView& view, int64_t image, int64_t head, int64_t length,
-                     Acc* to, int64_t keys) {
-  for (int64_t t = 0; t < length; ++t) {
-    const T* from = row_of<T>(a, view, image, t, head);
-    for (int64_t e = 0; e < a.head_dim; ++e) to[e * keys + t] = static_cast<Acc>(to_acc(from[e]));
-  }
-  for (int64_t e = 0; e < a.head_dim; ++e) {
-    for (int64_t t = length; t < keys; ++t) to[e * keys + t] = 0;
-  }
-}
-
-// exp(s_j - shift) for j < length, zero in the padding; returns the sum.
-template <class Acc>
-Acc exponentials(Acc* s, int64_t length, int64_t keys, Acc shift) {
-  vector_t<Acc> total{};
-  int64_t j = 0;
-  for (; j + kLanes<Acc> <= length; j += kLanes<Acc>) {
-    const vector_t<Acc> p = exp_of(load(s + j) - shift);
-    store(s + j, p);
-    total += p;
-  }
-  Acc sum = sum_of<Acc>(total);
-  if (j < length) {
-    store(s + j, exp_of(load(s + j) - shift));
-    for (int64_t i = j; i < length; ++i) sum += s[i];
-    for (int64_t i = length; i < keys; ++i) s[i] = 0;
-  }
-  return sum;
-}
-
-template <class Acc>
-Acc largest(const Acc* s, int64_t length) {
-  Acc best = s[0];
-  int64_t j = 0;
-  if (length >= kLanes<Acc>) {
-    vector_t<Acc> v = load(s);
-    for (j = kLanes<Acc>; j + kLanes<Acc> <= length; j += kLanes<Acc>) v = maximum(v, load(s + j));
-    best = max_of<Acc>(v);
-  }
-  for (; j < length; ++j) best = s[j] > best ? s[j] : best;
-  return best;
+  for (int64_t i = 0; i < (rows - length) * width; ++i) to[i] = 0;
 }
 
 template <class T>
 void forward_item(const AttentionArgs& a, const Workspace<accumulate_t<T>>& w, int64_t image, int64_t head) {
   using Acc = accumulate_t<T>;
+  constexpr int kStep = kLanes<Acc>;
   const int64_t first = segment_begin(a.segments, image);
   const int64_t length = segment_begin(a.segments, image + 1) - first;
-  const int64_t keys = round_up_to_lanes<Acc>(length), width = w.width;
-  read_rows<T>(a, a.q, image, head, length, static_cast<Acc>(a.scale), w.q, width);
-  read_transposed<T>(a, a.k, image, head, length, w.k_t, keys);
-  read_rows<T>(a, a.v, image, head, length, Acc(1), w.v, width);
+  const int64_t padded = round_up_to_lanes<Acc>(length), width = w.width;
+  read_rows<T>(a, a.q, image, head, length, static_cast<Acc>(a.scale), w.q, width, padded);
+  transpose(w.q, width, padded, width, w.q_t, padded);
+  read_rows<T>(a, a.k, image, head, length, Acc(1), w.k, width, length);
+  read_rows<T>(a, a.v, image, head, length, Acc(1), w.v, width, length);
   for (int64_t row = 0; row < length; row += kRowBlock) {
     const int64_t rows = length - row < kRowBlock ? length - row : kRowBlock;
-    gemm<Acc, false>(rows, keys, a.head_dim, {w.q + row * width, width, 1}, w.k_t, keys, w.s, keys);
-    Acc inverse[kRowBlock];
-    for (int64_t i = 0; i < rows; ++i) {
-      Acc* s = w.s + i * keys;
-      const Acc shift = largest(s, length);
-      const Acc sum = exponentials(s, length, keys, shift);
-      inverse[i] = Acc(1) / sum;
-      reinterpret_cast<Acc*>(a.lse)[(first + row + i) * a.num_heads + head] = shift + std::log(sum);
+    const int64_t columns = round_up_to_lanes<Acc>(rows);
+    gemm<Acc, false>(length, columns, a.head_dim, {w.k, width, 1}, w.q_t + row, padded, w.p_t, columns);
+    alignas(64) Acc largest[kRowBlock], sum[kRowBlock];
+    for (int64_t c = 0; c < columns; c += kStep) {
+      Acc* column = w.p_t + c;
+      vector_t<Acc> best = load(column);
+      for (int64_t j = 1; j < length; ++j) best = maximum(best, load(column + j * columns));
+      vector_t<Acc> total{};
+      for (int64_t j = 0; j < length; ++j) {
+        const vector_t<Acc> p = exp_of(load(column + j * columns) - best);
+        store(column + j * columns, p);
+        total += p;
+      }
+      store(largest + c, best);
+      store(sum + c, total);
     }
-    gemm<Acc, false>(rows, width, length, {w.s, keys, 1}, w.v, width, w.out_rows, width);
+    gemm<Acc, false>(rows, width, length, {w.p_t, 1, columns}, w.v, width, w.out_rows, width);
     for (int64_t i = 0; i < rows; ++i) {
-      T* out = reinterpret_cast<T*>(a.o) + ((first + row + i) * a.num_heads + head) * a.head_dim;
-      for (int64_t e = 0; e < a.head_dim; ++e) from_acc(w.out_rows[i * width + e] * inverse[i], out[e]);
+      const int64_t at = (first + row + i) * a.num_heads + head;
+      reinterpret_cast<Acc*>(a.lse)[at] = largest[i] + std::log(sum[i]);
+      T* out = reinterpret_cast<T*>(a.o) + at * a.head_dim;
+      scale_row(w.out_rows + i * width, out, a.head_dim, a.head_dim, Acc(1) / sum[i]);
     }
   }
 }
 
 template <class T, class Acc>
 void write_grad(const AttentionArgs& a, int which, int64_t first, int64_t head, int64_t rows, const Acc* from,
-                int64_t width) {
+                int64_t width, Acc factor) {
   const int64_t stride = 3 * a.num_heads * a.head_dim;
   T* out = reinterpret_cast<T*>(a.grad_qkv) + first * stride + (which * a.num_heads + head) * a.head_dim;
-  for (int64_t i = 0; i < rows; ++i) convert_row(from + i * width, out + i * stride, a.head_dim);
+  for (int64_t i = 0; i < rows; ++i) scale_row(from + i * width, out + i * stride, a.head_dim, a.head_dim, factor);
 }
 
 template <class T>
 void backward_item(const AttentionArgs& a, const Workspace<accumulate_t<T>>& w, int64_t image, int64_t head) {
   using Acc = accumulate_t<T>;
+  constexpr int kStep = kLanes<Acc>;
   const int64_t first = segment_begin(a.segments, image);
   const int64_t length = segment_begin(a.segments, image + 1) - first;
-  const int64_t keys = round_up_to_lanes<Acc>(length), width = w.width;
+  const int64_t padded = round_up_to_lanes<Acc>(length), width = w.width;
   const Acc scale = static_cast<Acc>(a.scale);
-  read_rows<T>(a, a.q, image, head, length, scale, w.q, width);  // scaled: S and grad_k both take scale q
-  read_rows<T>(a, a.k, image, head, length, scale, w.k, width);  // scaled: grad_q takes scale k
-  read_transposed<T>(a, a.k, image, head, length, w.k_t, keys);
-  read_transposed<T>(a, a.v, image, head, length, w.v_t, keys);
-  read_rows<T>(a, a.grad_o, image, head, length, Acc(1), w.grad_o, width);
+  read_rows<T>(a, a.q, image, head, length, scale, w.q, width, padded);  // scaled: S and grad_k both take scale q
+  transpose(w.q, width, padded, width, w.q_t, padded);
+  read_rows<T>(a, a.grad_o, image, head, length, Acc(1), w.grad_o, width, padded);
+  transpose(w.grad_o, width, padded, width, w.grad_o_t, padded);
+  read_rows<T>(a, a.k, image, head, length, Acc(1), w.k, width, length);
+  read_rows<T>(a, a.v, image, head, length, Acc(1), w.v, width, length);
   for (int64_t row = 0; row < length; row += kRowBlock) {
     const int64_t rows = length - row < kRowBlock ? length - row : kRowBlock;
+    const int64_t columns = round_up_to_lanes<Acc>(rows);
     const Acc* q = w.q + row * width;
     const Acc* grad_o = w.grad_o + row * width;
-    gemm<Acc, false>(rows, keys, a.head_dim, {q, width, 1}, w.k_t, keys, w.s, keys);
-    gemm<Acc, false>(rows, keys, a.head_dim, {grad_o, width, 1}, w.v_t, keys, w.grad_s, keys);
+    alignas(64) Acc lse[kRowBlock];
     for (int64_t i = 0; i < rows; ++i) {
-      const int64_t at = (first + row + i) * a.num_heads + head;
-      const T* o = reinterpret_cast<const T*>(a.o) + at * a.head_dim;
-      Acc delta = 0;
-      for (int64_t e = 0; e < a.head_dim; ++e) delta += grad_o[i * width + e] * static_cast<Acc>(to_acc(o[e]));
-      Acc* p = w.s + i * keys;
-      Acc* grad_s = w.grad_s + i * keys;
-      exponentials(p, length, keys, reinterpret_cast<const Acc*>(a.lse)[at]);
-      for (int64_t j = 0; j < keys; ++j) grad_s[j] = p[j] * (grad_s[j] - delta);
+      lse[i] = reinterpret_cast<const Acc*>(a.lse)[(first + row + i) * a.num_heads + head];
+    }
+    for (int64_t i = rows; i < columns; ++i) lse[i] = 0;
+    gemm<Acc, false>(length, columns, a.head_dim, {w.k, width, 1}, w.q_t + row, padded, w.p_t, columns);
+    gemm<Acc, false>(length, columns, a.head_dim, {w.v, width, 1}, w.grad_o_t + row, padded, w.grad_s_t, columns);
+    for (int64_t c = 0; c < columns; c += kStep) {
+      Acc* p_column = w.p_t + c;
+      Acc* grad_column = w.grad_s_t + c;
+      const vector_t<Acc> shift = load(lse + c);
+      vector_t<Acc> delta{};
+      for (int64_t j = 0; j < length; ++j) {
+        const vector_t<Acc> p = exp_of(load(p_column + j * columns) - shift);
+        store(p_column + j * columns, p);
+        delta += p * load(grad_column + j * columns);
+      }
+      for (int64_t j = 0; j < length; ++j) {
+        const vector_t<Acc> grad_p = load(grad_column + j * columns);
+        store(grad_column + j * columns, load(p_column + j * columns) * (grad_p - delta));
+      }
     }
     if (row == 0) {
-      gemm<Acc, false>(length, width, rows, {w.s, 1, keys}, grad_o, width, w.grad_v, width);
-      gemm<Acc, false>(length, width, rows, {w.grad_s, 1, keys}, q, width, w.grad_k, width);
+      gemm<Acc, false>(length, width, rows, {w.p_t, columns, 1}, grad_o, width, w.grad_v, width);
+      gemm<Acc, false>(length, width, rows, {w.grad_s_t, columns, 1}, q, width, w.grad_k, width);
     } else {
-      gemm<Acc, true>(length, width, rows, {w.s, 1, keys}, grad_o, width, w.grad_v, width);
-      gemm<Acc, true>(length, width, rows, {w.grad_s, 1, keys}, q, width, w.grad_k, width);
+      gemm<Acc, true>(length, width, rows, {w.p_t, columns, 1}, grad_o, width, w.grad_v, width);
+      gemm<Acc, true>(length, width, rows, {w.grad_s_t, columns, 1}, q, width, w.grad_k, width);
     }
-    gemm<Acc, false>(rows, width, length, {w.grad_s, keys, 1}, w.k, width, w.out_rows, width);
-    write_grad<T>(a, 0, first + row, head, rows, w.out_rows, width);
+    gemm<Acc, false>(rows, width, length, {w.grad_s_t, 1, columns}, w.k, width, w.out_rows, width);
+    write_grad<T>(a, 0, first + row, head, rows, w.out_rows, width, scale);
   }
-  write_grad<T>(a, 1, first, head, length, w.grad_k, width);
-  write_grad<T>(a, 2, first, head, length, w.grad_v, width);
+  write_grad<T>(a, 1, first, head, length, w.grad_k, width, Acc(1));
+  write_grad<T>(a, 2, first, head, length, w.grad_v, width, Acc(1));
 }
 
 template <bool Backward>

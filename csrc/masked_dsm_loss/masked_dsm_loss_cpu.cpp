@@ -8,6 +8,15 @@ namespace {
 // Values summed in the accumulation type before they join a double: keeps float sums of long images accurate.
 constexpr int64_t kChunk = 4096;
 
+// In float that holds because vector lanes share the sum; GCC's AddressSanitizer keeps the loop scalar.
+#ifdef __SANITIZE_ADDRESS__
+template <class T>
+using sum_t = double;
+#else
+template <class T>
+using sum_t = accumulate_t<T>;
+#endif
+
 struct Mse {
   template <class A>
   static A value(A d, A) {
@@ -55,7 +64,7 @@ void run_typed(const LossArgs& a, int64_t image_begin, int64_t image_end) {
     double total = 0;
     for (int64_t start = 0; start < count; start += kChunk) {
       const int64_t stop = start + kChunk < count ? start + kChunk : count;
-      A sum = 0;
+      sum_t<T> sum = 0;
 #pragma omp simd reduction(+ : sum)
       for (int64_t i = start; i < stop; ++i) {
         const A d = static_cast<A>(to_acc(pred[i])) - static_cast<A>(to_acc(target[i]));

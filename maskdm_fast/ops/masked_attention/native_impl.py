@@ -18,7 +18,7 @@ if backend.has_native():
 
     @torch.library.register_fake("maskdm_fast::masked_attention_bwd")
     def _backward_fake(
-        grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, cu_seqlens: Tensor | None, scale: float
+        grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, cu_seqlens: Tensor | None, scale: float
     ) -> Tensor:
         return q.new_empty(*q.shape[:-2], 3, *q.shape[-2:])
 
@@ -32,7 +32,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: f
 
 
 def backward(
-    grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, cu_seqlens: Tensor | None, scale: float
+    grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, cu_seqlens: Tensor | None, scale: float
 ) -> Tensor:
     q, k, v, grad_o = [_unit_stride(x) for x in (q, k, v, grad_o)]  # a generator would break the graph of Dynamo
-    return _backward(grad_o, q, k, v, o, lse, cu_seqlens, scale)
+    return _backward(grad_o, q, k, v, lse, cu_seqlens, scale)

@@ -23,16 +23,16 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, cu_seqlens: Tensor | None, scale: float, backend: str, *inputs: Tensor) -> Tensor:
         q, k, v = inputs[0].unbind(-3) if len(inputs) == 1 else inputs
         o, lse = IMPL[backend].forward(q, k, v, cu_seqlens, scale)
-        ctx.save_for_backward(*inputs, o, lse, cu_seqlens)
+        ctx.save_for_backward(*inputs, lse, cu_seqlens)
         ctx.scale, ctx.backend = scale, backend
         return o
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_o: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, o, lse, cu_seqlens = ctx.saved_tensors
+        *inputs, lse, cu_seqlens = ctx.saved_tensors
         q, k, v = inputs[0].unbind(-3) if len(inputs) == 1 else inputs
-        grad_qkv = IMPL[ctx.backend].backward(grad_o, q, k, v, o, lse, cu_seqlens, ctx.scale)
+        grad_qkv = IMPL[ctx.backend].backward(grad_o, q, k, v, lse, cu_seqlens, ctx.scale)
         return None, None, None, *((grad_qkv,) if len(inputs) == 1 else grad_qkv.unbind(-3))
 
 

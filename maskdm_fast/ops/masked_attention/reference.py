@@ -33,15 +33,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: f
 
 
 def backward(
-    grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, cu_seqlens: Tensor | None, scale: float
+    grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, cu_seqlens: Tensor | None, scale: float
 ) -> Tensor:
     dtype = accumulate_dtype(q.dtype)
     grad_qkv = q.new_empty(*q.shape[:-2], 3, *q.shape[-2:])
     for rows in _segments(q, cu_seqlens):
         q_, k_, v_, grad_o_ = [x[rows].to(dtype) for x in (q, k, v, grad_o)]
         p, _ = _probabilities(q_, k_, scale)
-        delta = (grad_o_ * o[rows].to(dtype)).sum(-1).transpose(-1, -2)  # [..., H, L]
-        grad_s = p * (torch.einsum("...ihe,...jhe->...hij", grad_o_, v_) - delta[..., None]) * scale
+        grad_p = torch.einsum("...ihe,...jhe->...hij", grad_o_, v_)
+        grad_s = p * (grad_p - (p * grad_p).sum(-1, keepdim=True)) * scale
         grad_q = torch.einsum("...hij,...jhe->...ihe", grad_s, k_)
         grad_k = torch.einsum("...hij,...ihe->...jhe", grad_s, q_)
         grad_v = torch.einsum("...hij,...ihe->...jhe", p, grad_o_)
