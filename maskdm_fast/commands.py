@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from torch import Tensor
 
 from maskdm_fast.data import ImageStore, open_dataset
+from maskdm_fast.eval import subset_indices
 from maskdm_fast.ops import IMPLEMENTATIONS, backend
 from maskdm_fast.train.checkpoint import Weights, load_weights, write_json_atomic
 from maskdm_fast.train.engine import make_world
@@ -71,6 +72,8 @@ class EvaluateOptions:
     """A run, recipe or checkpoint folder, from which images are drawn; or a folder of images."""
     data: str | None = None
     """The real images: emoji, or a folder. Default: what the run was trained on."""
+    skip_bad: bool = False
+    """Leave out image files that cannot be read (they are listed), instead of stopping."""
     num_images: int = 1000
     """Images to draw; of a folder of images, how many to use at most."""
     steps: int = 50
@@ -230,18 +233,26 @@ def _reference(options: EvaluateOptions, weights: Weights | None) -> ImageStore:
         if options.data is None:
             raise ValueError(f"{options.run_or_folder} is no run, so --data must say which real images to compare with")
         size = options.image_size or _FOLDER_IMAGE_SIZE
-        return open_dataset(options.data, size, cache_dir=options.cache_dir or default_cache_dir())
+        return _open(options, options.data, size)
     if options.image_size not in (None, weights.config.model.image_size):
         raise ValueError(
             f"--image-size is {options.image_size}, but the run draws {weights.config.model.image_size} px"
         )
     machine_config = dataclasses.replace(weights.config.machine, cache_dir=options.cache_dir)
     data = options.data or weights.config.data
-    return open_store(dataclasses.replace(weights.config, data=data, machine=machine_config))
+    skip_bad = options.skip_bad or weights.config.skip_bad
+    return open_store(dataclasses.replace(weights.config, data=data, skip_bad=skip_bad, machine=machine_config))
 
 
-def _generated(options: EvaluateOptions, weights: Weights | None, image_size: int) -> Tensor | Any:
+def _generated(options: EvaluateOptions, weights: Weights | None, image_size: int) -> Tensor:
     if weights is not None:
         return _draw(weights, options, options.num_images)
-    store = open_dataset(options.run_or_folder, image_size, cache_dir=options.cache_dir or default_cache_dir())
-    return store.images[: options.num_images]
+    store = _open(options, options.run_or_folder, image_size)
+    # At random, since files are in the order of their names, and of their classes.
+    chosen = subset_indices(len(store), min(options.num_images, len(store)), seed=options.seed)
+    return store.batch(chosen)[0]
+
+
+def _open(options: EvaluateOptions, data: str, image_size: int) -> ImageStore:
+    cache_dir = options.cache_dir or default_cache_dir()
+    return open_dataset(data, image_size, cache_dir=cache_dir, skip_bad=options.skip_bad)

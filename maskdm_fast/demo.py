@@ -5,6 +5,7 @@ time inside the training loop counts: set-up, checkpoints, sampling and scoring 
 """
 
 import dataclasses
+import functools
 import json
 import shlex
 import sys
@@ -17,7 +18,15 @@ from torch import Tensor
 
 from maskdm_fast.data import ImageStore
 from maskdm_fast.diffusion.masking import NoMask, PatchMask
-from maskdm_fast.eval import FeatureNetwork, cached_features, compare, compute_features, load_features, nearest
+from maskdm_fast.eval import (
+    FeatureNetwork,
+    cached_features,
+    compare,
+    compute_features,
+    load_features,
+    nearest,
+    subset_indices,
+)
 from maskdm_fast.eval.report import write_report
 from maskdm_fast.eval.results import NeighbourStrip, ReportData, RunResult, StageResult
 from maskdm_fast.eval.summary import render_text
@@ -129,10 +138,11 @@ class Demo:
     folder: Path
     store: ImageStore
 
-    @property
+    @functools.cached_property
     def real(self) -> np.ndarray:
-        """The real images that the scores use, uint8 ``[m, h, w, C]``."""
-        return self.store.images[: self.plan.num_reference]
+        """The real images that the scores use, in random order, uint8 ``[m, h, w, C]``."""
+        total = len(self.store)
+        return self.store.images[subset_indices(total, self.plan.num_reference or total, seed=self.seed).numpy()]
 
 
 def run(options: DemoOptions) -> int:
@@ -157,7 +167,7 @@ def run(options: DemoOptions) -> int:
     if not _train(plan, configs, folder):
         print("Interrupted; the same command goes on.")
         return 0
-    key = f"{demo.store.header.checksum}|{len(demo.real)}"
+    key = f"{demo.store.header.checksum}|{len(demo.real)}|{demo.seed}"
     reference = cached_features(demo.real, network, key=key, cache_dir=default_cache_dir())
     data = _report(demo, [_result(demo, name, network, reference) for name in (_MASKED, _SCRATCH)], started)
     write_report(data, folder / _REPORT_NAME)
@@ -282,8 +292,8 @@ def _report(demo: Demo, results: list[RunResult], started: float) -> ReportData:
             "turns on the machine; set-up, checkpoints, sampling and scoring are not counted."
         ),
         runs=results,
-        real=store.images[:_NUM_SHOWN],
-        real_caption=f"training images, {store.image_size} px",
+        real=demo.real[:_NUM_SHOWN],
+        real_caption=f"training images at random, {store.image_size} px",
         facts={
             "data": f"{store.header.source}, {len(store):,} images at {store.image_size} px",
             "model": ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(demo.plan.model).items()),

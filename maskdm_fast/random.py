@@ -125,6 +125,6 @@ def normal(
 
 
 def permutation(num: int, *, seed: int, stream: Stream, step: int) -> Tensor:
-    """A pseudo-random permutation of ``range(num)``, int64 ``[num]``: the order that sorts `num` words, ties by index."""
+    """A pseudo-random permutation of ``range(num)``, int64 ``[num]``: the order that sorts `num` words."""
     words = bits(num, seed=seed, stream=stream, step=step, slots=torch.zeros(1, dtype=torch.int64))
     return torch.argsort(words[0], stable=True)

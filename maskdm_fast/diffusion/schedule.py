@@ -26,7 +26,7 @@ class NoiseSchedule:
         if not ((alpha_bar > 0) & (alpha_bar < 1)).all() or not (alpha_bar.diff() < 0).all():
             raise ValueError("NoiseSchedule: alpha_bar must lie inside (0, 1) and strictly decrease")
         self.alpha_bar = alpha_bar.detach().cpu().clone()
-        # Squares are subtracted in float64 and only the roots rounded: 1 - float32(alpha)^2 would lose sigma near t = 0.
+        # Squares are subtracted in float64 and only the roots rounded: 1 - float32(alpha)^2 loses sigma near t = 0.
         table = torch.stack((self.alpha_bar.sqrt(), (1.0 - self.alpha_bar).sqrt())).to(torch.float32)
         self._tables = {torch.device("cpu"): table}
 
