@@ -1,8 +1,9 @@
-# make demo    train, sample and score on real images; writes runs/demo/report.html
-# make test    the whole test suite
-# make lint    style of Python and C++
-# make bench   measure every op against plain PyTorch; writes benchmarks/results/
-# make clean   remove what was built (not .venv, not runs/)
+# make demo      train, sample and score on real images; writes runs/demo/report.html
+# make test      the whole test suite
+# make lint      style of Python and C++
+# make bench     measure every op against plain PyTorch; writes benchmarks/results/
+# make sanitize  the ops' tests on kernels built with GCC's AddressSanitizer and UndefinedBehaviorSanitizer
+# make clean     remove what was built (not .venv, not runs/)
 #
 # Every target makes .venv if it is missing, installs into it and builds the native library.
 #   PYTHON=python3.12   interpreter that makes .venv, >= 3.10      TORCH="torch==2.13.0"   which torch goes into it
@@ -15,7 +16,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.maskdm_fast_installed
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench sanitize clean
 demo: $(INSTALLED)
 	$(BIN)/maskdm-fast demo $(ARGS)
 
@@ -34,6 +35,15 @@ format: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.ops --save $(ARGS)
+
+# A build of its own, beside the installed one. The sanitizer's runtime must come first in the process, and what it
+# intercepts of libstdc++ must be there by then; Python itself leaks by design. --capture=sys lets its reports through.
+sanitize: $(INSTALLED)
+	MASKDM_WITH_NATIVE=1 MASKDM_SANITIZE=1 $(BIN)/python setup.py --quiet build --build-base build/sanitize \
+		--build-lib build/sanitize/lib
+	ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	$(BIN)/pytest -o pythonpath=build/sanitize/lib --capture=sys tests/ops/test_parity.py $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info maskdm_fast/lib .pytest_cache .ruff_cache .benchmarks $(INSTALLED)

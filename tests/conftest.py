@@ -8,10 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from maskdm_fast.ops import backend
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     # xdist runs one process per core; more threads in each, or in what the tests start, would fight over them.
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+
+
+def pytest_report_header() -> str:
+    """Which of several builds is under test."""
+    return f"native library: {backend.native_info()['library'] or 'none'}"
 
 
 @pytest.fixture(scope="session")

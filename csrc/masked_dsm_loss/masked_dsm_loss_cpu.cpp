@@ -8,10 +8,10 @@ namespace {
 // Values summed in the accumulation type before they join a double: keeps float sums of long images accurate.
 constexpr int64_t kChunk = 4096;
 
-// In float that holds because vector lanes share the sum; GCC's AddressSanitizer keeps the loop scalar.
+// That holds because vector lanes share the sum; GCC's AddressSanitizer keeps the loop scalar.
 #ifdef __SANITIZE_ADDRESS__
 template <class T>
-using sum_t = double;
+using sum_t = long double;
 #else
 template <class T>
 using sum_t = accumulate_t<T>;
