@@ -214,14 +214,16 @@ MASKDM_INLINE void sincos_2pi(vfloat u, vfloat& sine, vfloat& cosine) {
 }
 
 MASKDM_INLINE vfloat sqrt_of(vfloat x) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_sqrt_ps((__m512)x);
+#elif defined(__AVX__)
+  return (vfloat)_mm256_sqrt_ps((__m256)x);
+#elif defined(__x86_64__)
+  return (vfloat)_mm_sqrt_ps((__m128)x);
+#else
   for (int i = 0; i < kLanes<float>; ++i) x[i] = std::sqrt(x[i]);
   return x;
-}
-
-// Copies n elements, converted; plain loops that compilers vectorise.
-template <class From, class To>
-MASKDM_INLINE void convert_row(const From* from, To* to, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) from_acc(to_acc(from[i]), to[i]);
+#endif
 }
 
 }  // namespace maskdm::MASKDM_ISA

@@ -8,7 +8,8 @@
 // uint8 pixels map by x0 = u / 127.5 - 1; floating-point ones are x0 already. A flipped image is read mirrored
 // left-right; the noise belongs to the place in the mirrored image.
 //
-// Reads the visible pixels only, draws noise for them only; writes 2 values per visible pixel and channel.
+// Reads the visible pixels only, draws noise for them only; writes 2 values per visible pixel and channel. Patches are
+// taken in batches: first the Philox blocks of the whole batch, of whatever images, one per vector lane, then the patches.
 #pragma once
 
 #include "common/dtype.h"

@@ -42,7 +42,7 @@ std::tuple<Tensor, Tensor> noise_visible_patches_fwd(Tensor images, std::optiona
   args.xt = mutable_bytes_of(xt), args.target = mutable_bytes_of(target);
 
   const auto& kernels = MASKDM_KERNELS(noise_visible_patches_kernels);
-  parallel(num_images * visible, 4.0 * patch_size * patch_size * channels, [&](int64_t begin, int64_t end) {
+  parallel(num_images * visible, 1.5 * patch_size * patch_size * channels, [&](int64_t begin, int64_t end) {
     Scratch scratch(kernels.scratch_bytes(args));
     kernels.run(args, scratch.get(), begin, end);
   });
@@ -54,9 +54,8 @@ std::tuple<Tensor, Tensor> noise_visible_patches_fwd(Tensor images, std::optiona
 
 STABLE_TORCH_LIBRARY_FRAGMENT(maskdm_fast, m) {
   m.def(
-      "noise_visible_patches_fwd(Tensor images, Tensor? ids_keep, Tensor alpha, Tensor sigma, Tensor slots, Tensor "
-      "step, "
-      "Tensor? flip, int patch_size, bool channels_last, int prediction, int seed, ScalarType out_dtype) "
+      "noise_visible_patches_fwd(Tensor images, Tensor? ids_keep, Tensor alpha, Tensor sigma, Tensor slots, "
+      "Tensor step, Tensor? flip, int patch_size, bool channels_last, int prediction, int seed, ScalarType out_dtype) "
       "-> (Tensor, Tensor)");
 }
 
