@@ -26,7 +26,10 @@ _REDUCTIONS = ("mean", "none")
 
 
 class _Loss(torch.autograd.Function):
-    """weight[b] times the mean loss of image b, for every image."""
+    """weight[b] times the mean loss of image b, for every image or in the mean.
+
+    The mean is taken in here, so that the backward pass multiplies by one number instead of one per image.
+    """
 
     @staticmethod
     def forward(
@@ -37,11 +40,15 @@ class _Loss(torch.autograd.Function):
         cu_seqlens: Tensor | None,
         kind: str,
         delta: float,
+        reduction: str,
         backend: str,
     ) -> Tensor:
         with_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         raw, grad = IMPL[backend].forward(pred, target, weight, cu_seqlens, kind, delta, with_grad)
         ctx.save_for_backward(grad, raw, cu_seqlens)
+        ctx.reduction = reduction
+        if reduction == "mean":
+            return raw.mean() if weight is None else (weight * raw).mean()
         return raw.clone() if weight is None else weight * raw
 
     @staticmethod
@@ -49,16 +56,19 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grad, raw, cu_seqlens = ctx.saved_tensors
         grad_pred = grad_target = grad_weight = None
+        factor = grad_loss / raw.shape[0] if ctx.reduction == "mean" else grad_loss
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            if cu_seqlens is None:
-                per_token = grad_loss[:, None, None]
+            if ctx.reduction == "mean":
+                per_token = factor
+            elif cu_seqlens is None:
+                per_token = factor[:, None, None]
             else:
-                per_token = grad_loss[image_of_token(cu_seqlens, grad.shape[0])][:, None]
+                per_token = factor[image_of_token(cu_seqlens, grad.shape[0])][:, None]
             grad_pred = (grad * per_token).to(grad.dtype)
             grad_target = -grad_pred if ctx.needs_input_grad[1] else None
         if ctx.needs_input_grad[2]:
-            grad_weight = grad_loss * raw
-        return grad_pred if ctx.needs_input_grad[0] else None, grad_target, grad_weight, None, None, None, None
+            grad_weight = factor * raw
+        return grad_pred if ctx.needs_input_grad[0] else None, grad_target, grad_weight, None, None, None, None, None
 
 
 def masked_dsm_loss(
@@ -125,5 +135,4 @@ def masked_dsm_loss(
     if not delta > 0:
         raise ValueError(f"{_OP}: delta is {delta}, want a positive number")
     chosen = backends.choose(_OP, pred.device, backend)
-    loss = _Loss.apply(pred, target, weight, cu_seqlens, kind, float(delta), chosen)
-    return loss.mean() if reduction == "mean" else loss
+    return _Loss.apply(pred, target, weight, cu_seqlens, kind, float(delta), reduction, chosen)
