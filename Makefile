@@ -21,7 +21,7 @@ demo: $(INSTALLED)
 	$(BIN)/maskdm-fast demo $(ARGS)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n auto $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

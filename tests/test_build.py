@@ -13,9 +13,6 @@ from pathlib import Path
 
 import pytest
 
-# The builds are shared by the tests of this file: one process runs them all.
-pytestmark = pytest.mark.xdist_group("build")
-
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = "maskdm_fast/lib/libmaskdm_fast_cpu.so"
 
@@ -152,41 +149,11 @@ def unpacked_sdist(tree, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def wheel(unpacked_sdist, tmp_path_factory):
-    """The wheel with kernels, built from the sdist: the longest way from the repository to an installation."""
-    output, path = _build_wheel(unpacked_sdist, tmp_path_factory.mktemp("wheel"), MASKDM_WITH_NATIVE="1")
-    assert path is not None, output
-    return path
-
-
 def test_the_sdist_holds_all_of_the_project(project_files, unpacked_sdist):
     packed = {path.relative_to(unpacked_sdist).as_posix() for path in unpacked_sdist.rglob("*") if path.is_file()}
     missing = {path.relative_to(ROOT).as_posix() for path in project_files} - packed
     assert missing == set()
     assert not [name for name in packed if name.endswith((".so", ".pyc"))]
-
-
-def test_the_wheel_fits_every_python_of_the_platform(wheel):
-    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
-    assert wheel.name.endswith(f"-py3-none-{platform}.whl")
-
-
-def test_the_wheel_holds_the_package_and_nothing_else(wheel):
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {name.split("/")[0].split("-")[0] for name in names} == {"maskdm_fast"}
-    assert {name for name in names if not name.endswith(".py") and ".dist-info/" not in name} == {
-        LIBRARY,
-        "maskdm_fast/lib/build.json",
-        "maskdm_fast/eval/report.html.j2",
-    }
-    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "maskdm_fast").rglob("*.py")}
-    assert {name for name in names if name.endswith(".py")} == modules
-
-
-def test_the_wheel_says_how_it_was_built(wheel):
-    record = json.loads(zipfile.ZipFile(wheel).read("maskdm_fast/lib/build.json"))
-    assert set(record) == {"cuda_toolkit", "compiler", "built_with_torch"}
 
 
 _USE = """
@@ -215,7 +182,22 @@ def _use_installed(wheel, tmp_path):
     return found
 
 
-def test_an_installed_wheel_runs_on_its_kernels(wheel, tmp_path):
+def test_the_wheel_of_the_sdist(project_files, unpacked_sdist, tmp_path):
+    """The longest way from the repository to an installation; one test, because it compiles the kernels."""
+    output, wheel = _build_wheel(unpacked_sdist, tmp_path, MASKDM_WITH_NATIVE="1")
+    assert wheel is not None, output
+    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    assert wheel.name.endswith(f"-py3-none-{platform}.whl")
+
+    names = set(zipfile.ZipFile(wheel).namelist())
+    names = {name for name in names if ".dist-info/" not in name}
+    tracked = {path.relative_to(ROOT).as_posix() for path in project_files}
+    modules = {name for name in tracked if name.startswith("maskdm_fast/") and name.endswith(".py")}
+    assert names - modules == {LIBRARY, "maskdm_fast/lib/build.json", "maskdm_fast/eval/report.html.j2"}
+    assert modules - names == set()
+    record = json.loads(zipfile.ZipFile(wheel).read("maskdm_fast/lib/build.json"))
+    assert set(record) == {"cuda_toolkit", "compiler", "built_with_torch"}
+
     assert _use_installed(wheel, tmp_path) == {"reference": "ok", "cpu": "ok"}
 
 
