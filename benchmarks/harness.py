@@ -1,5 +1,6 @@
 """What every benchmark shares: interleaved timing, and the record of where it ran."""
 
+import ctypes
 import gc
 import os
 import platform
@@ -57,6 +58,17 @@ def interleave(
         if collecting:
             gc.enable()
     return {name: statistics.median(times) for name, times in samples.items()}
+
+
+def keep_freed_memory() -> bool:
+    """Make malloc reuse freed memory instead of giving it back to the system; whether it could be asked to (glibc).
+
+    It gives back large blocks, or keeps them, by what happened to be freed before. Fresh pages cost more than most ops,
+    so the same function would take one of two times, for reasons that lie in its neighbours.
+    """
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and bool(mallopt(trim_threshold, 2**31 - 1)) and bool(mallopt(mmap_max, 0))
 
 
 def copy_gb_per_s(mib: int = 256, repeats: int = 7) -> float:

@@ -134,9 +134,8 @@ def masked_attention(case: Any) -> Iterator[Task]:
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, K, E] each
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
-    num_bytes = (
-        qkv.nbytes * 4
-    )  # forward reads q, k, v and writes o; backward reads these and grad_o, writes 3 gradients
+    # Forward reads q, k, v and writes o; backward reads q, k, v and grad_o and writes three gradients.
+    num_bytes = qkv.nbytes // 3 * 11
     yield _with_gradients("masked_attention", case.name, num_bytes, ops.masked_attention, {"sdpa": sdpa}, (qkv,))
 
 
