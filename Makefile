@@ -57,4 +57,5 @@ $(INSTALLED): pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)" "setuptools>=77" "cmake>=3.22" ninja
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[train,eval,bench,test]"
+	@$(BIN)/maskdm-fast info  # pip hides the warning of a build that found no compiler
 	@touch $@
