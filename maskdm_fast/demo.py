@@ -17,7 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from maskdm_fast.data import ImageStore
-from maskdm_fast.diffusion.masking import NoMask, PatchMask
+from maskdm_fast.diffusion.masking import BlockMask, NoMask
 from maskdm_fast.eval import (
     FeatureNetwork,
     cached_features,
@@ -33,7 +33,7 @@ from maskdm_fast.eval.summary import render_text
 from maskdm_fast.models import CONFIGS, UViTConfig
 from maskdm_fast.train import RunConfig, TrainResult, load_weights, read_metrics, train
 from maskdm_fast.train.checkpoint import write_json_atomic
-from maskdm_fast.train.config import DenoisingConfig, MachineConfig, OutputConfig, format_mask
+from maskdm_fast.train.config import DenoisingConfig, DiffusionConfig, MachineConfig, OutputConfig, format_mask
 from maskdm_fast.train.engine import make_world
 from maskdm_fast.train.extras import require
 from maskdm_fast.train.generation import generate
@@ -103,9 +103,14 @@ def make_plan(options: DemoOptions) -> Plan:
     if minutes <= 0:
         raise ValueError(f"--minutes is {options.minutes}, want more than 0")
     pretrain = DenoisingConfig(
-        mask=PatchMask(0.75), num_images=None, batch_size=128, lr=1e-3, warmup_images=2_000, ema_half_life_images=20_000
+        mask=BlockMask(0.75, 2 if options.smoke else 4),
+        num_images=None,
+        batch_size=64,
+        lr=1e-3,
+        warmup_images=2_000,
+        ema_half_life_images=5_000,
     )
-    unmasked = replace(pretrain, mask=NoMask(), batch_size=64, warmup_images=1_000, ema_half_life_images=10_000)
+    unmasked = replace(pretrain, mask=NoMask(), batch_size=32, warmup_images=1_000, ema_half_life_images=2_500)
     return Plan(
         model=UViTConfig(image_size=16, patch_size=4, dim=32, depth=3, num_heads=2)
         if options.smoke
@@ -186,6 +191,7 @@ def _configs(plan: Plan, options: DemoOptions) -> dict[str, RunConfig]:
         return RunConfig(
             seed=options.seed,
             model=plan.model,
+            diffusion=DiffusionConfig(prediction="v"),
             machine=MachineConfig(device=options.device),
             # Each slice ends with a checkpoint, and a slice is short.
             output=OutputConfig(log_images=log_images, checkpoint_images=10**9, keep_checkpoints=1),
@@ -302,7 +308,7 @@ def _report(demo: Demo, results: list[RunResult], started: float) -> ReportData:
             "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
             "commit": git_commit() or "not a checkout",
             "command": shlex.join(["maskdm-fast", *sys.argv[1:]]),
-            "this session": f"{format_seconds(time.monotonic() - started)} minutes in all",
+            "time": f"{format_seconds(time.monotonic() - started)} minutes in all",
         },
         paths={
             "report": str(demo.folder / _REPORT_NAME),

@@ -98,7 +98,7 @@ def test_help_of_every_command(command, capsys):
             "emoji32-scratch",
             ["--num-images", "--mask none|patch:RATIO", "--lr", "--dim", "default: 192", "--init-from"],
         ),
-        ("emoji32", ["--pretrain.num-images", "--finetune.mask", "default: patch:0.75", "--dim"]),
+        ("emoji32", ["--pretrain.num-images", "--finetune.mask", "default: block:0.75:4", "--dim"]),
     ],
 )
 def test_help_of_a_preset_shows_options_and_defaults(preset, words, capsys):

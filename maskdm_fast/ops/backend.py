@@ -28,19 +28,22 @@ _named: str | None = None
 
 
 def _load_cpu_library() -> str | None:
-    """Load the compiled library; return None, or the reason why it is not there."""
+    """Load the compiled library; return None, or, with a warning, the reason why it is not there."""
+    reason = None
     if not CPU_LIBRARY.exists():
-        return (
+        reason = (
             "the native library is not built; with torch and a C++20 compiler installed, run "
             "`pip install --no-build-isolation .` in a checkout of maskdm_fast"
         )
-    try:
-        torch.ops.load_library(CPU_LIBRARY)
-    except (OSError, RuntimeError) as error:
-        reason = f"{CPU_LIBRARY.name} does not load into torch {torch.__version__}: {error}"
+    else:
+        try:
+            torch.ops.load_library(CPU_LIBRARY)
+        except (OSError, RuntimeError) as error:
+            reason = f"{CPU_LIBRARY.name} does not load into torch {torch.__version__}: {error}"
+    if reason is not None:
+        # pip hides what a build prints when it succeeds, so this may be the first that the user hears of it.
         warnings.warn(f"maskdm_fast runs on its slow reference backend: {reason}", RuntimeWarning, stacklevel=2)
-        return reason
-    return None
+    return reason
 
 
 _CPU_LIBRARY_MISSING = _load_cpu_library()

@@ -10,9 +10,9 @@ from maskdm_fast.diffusion.masking import BlockMask, NoMask, PatchMask
 from maskdm_fast.models import CONFIGS, UViTConfig
 from maskdm_fast.train.config import DenoisingConfig, DiffusionConfig, OutputConfig, Recipe, RunConfig
 
-# Mirrored flags, letters and digits are other symbols, so the emoji presets never flip. Batches are small because a short
-# run lacks steps more than it lacks images. v instead of eps: at the noisy end of the cosine schedule x0 = (xt - sigma
-# eps) / alpha divides the error of eps by 5e-5, and a sampler that begins there begins with a random picture.
+# Mirrored flags, letters and digits are other symbols, so the emoji presets never flip. Batches are small because a
+# short run lacks steps more than it lacks images. v instead of eps: at the noisy end of the cosine schedule
+# x0 = (xt - sigma eps) / alpha divides the error of eps by 5e-5, and a sampler there begins with a random picture.
 _EMOJI_PRETRAIN = DenoisingConfig(
     mask=BlockMask(0.75, 4),
     num_images=150_000,

@@ -185,3 +185,4 @@ else:
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
     assert result.returncode == 0, result.stderr
+    assert "maskdm_fast runs on its slow reference backend: the native library is not built" in result.stderr

@@ -31,7 +31,7 @@ def test_recipe_chains_its_stages():
     assert (first_name, second_name) == ("1-pretrain", "2-finetune")
     assert first.stage.init_from is None
     assert second.stage.init_from == "1-pretrain"
-    assert isinstance(first.stage.mask, PatchMask) and second.stage.mask == NoMask()
+    assert isinstance(first.stage.mask, BlockMask) and second.stage.mask == NoMask()
 
 
 @pytest.mark.parametrize(
