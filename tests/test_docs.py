@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import readme
+
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = [
     pytest.param(block, id=f"{path.name}-{number}")
@@ -23,3 +25,9 @@ def test_links_lead_somewhere():
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text()):
             if not target.startswith("http"):
                 assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def test_the_table_of_the_readme_is_the_measured_one():
+    text = readme.README.read_text()
+    assert readme.updated(text) == text, "run python -m benchmarks.readme"
+    assert "| `masked_attention` |" in text
