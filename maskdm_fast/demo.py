@@ -246,9 +246,9 @@ def _result(demo: Demo, name: str, network: FeatureNetwork, reference: Tensor) -
     return RunResult(
         name="masked pretrain + finetune" if masked else "from scratch, unmasked",
         description=(
-            f"{format_mask(plan.pretrain.mask)} mask for {plan.pretrain_share:.0%} of the time, then whole images"
+            f"Mask {format_mask(plan.pretrain.mask)} for {plan.pretrain_share:.0%} of the time, then whole images."
             if masked
-            else "whole images all the time"
+            else "Whole images all the time."
         ),
         stages=_stages([demo.folder / name / stage for stage in stages]),
         samples=samples[:_NUM_SHOWN],
