@@ -5,17 +5,15 @@
 namespace maskdm::MASKDM_ISA {
 namespace {
 
-// Values summed in the accumulation type before they join a double: keeps float sums of long images accurate.
-constexpr int64_t kChunk = 4096;
-
-// That holds because vector lanes share the sum; GCC's AddressSanitizer keeps the loop scalar.
-#ifdef __SANITIZE_ADDRESS__
+// Sums are in the next wider type: accurate for long images, also where a compiler does not spread the loop over lanes.
 template <class T>
-using sum_t = long double;
-#else
-template <class T>
-using sum_t = accumulate_t<T>;
-#endif
+struct wider {
+  using type = double;
+};
+template <>
+struct wider<double> {
+  using type = long double;
+};
 
 struct Mse {
   template <class A>
@@ -61,19 +59,14 @@ void run_typed(const LossArgs& a, int64_t image_begin, int64_t image_end) {
     T* grad = WithGrad ? reinterpret_cast<T*>(a.grad) + begin : nullptr;
     const A weight = a.weight != nullptr ? reinterpret_cast<const A*>(a.weight)[b] : A(1);
     const A factor = count > 0 ? weight / static_cast<A>(count) : A(0);
-    double total = 0;
-    for (int64_t start = 0; start < count; start += kChunk) {
-      const int64_t stop = start + kChunk < count ? start + kChunk : count;
-      sum_t<T> sum = 0;
+    typename wider<T>::type sum = 0;
 #pragma omp simd reduction(+ : sum)
-      for (int64_t i = start; i < stop; ++i) {
-        const A d = static_cast<A>(to_acc(pred[i])) - static_cast<A>(to_acc(target[i]));
-        sum += Kind::value(d, delta);
-        if constexpr (WithGrad) from_acc(factor * Kind::slope(d, delta), grad[i]);
-      }
-      total += static_cast<double>(sum);
+    for (int64_t i = 0; i < count; ++i) {
+      const A d = static_cast<A>(to_acc(pred[i])) - static_cast<A>(to_acc(target[i]));
+      sum += Kind::value(d, delta);
+      if constexpr (WithGrad) from_acc(factor * Kind::slope(d, delta), grad[i]);
     }
-    reinterpret_cast<A*>(a.raw)[b] = count > 0 ? static_cast<A>(total / static_cast<double>(count)) : A(0);
+    reinterpret_cast<A*>(a.raw)[b] = count > 0 ? static_cast<A>(sum / count) : A(0);
   }
 }
 
