@@ -12,6 +12,7 @@ Every ``maskdm_fast.ops.<op>.cases`` module has
 """
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -48,6 +49,14 @@ def draw_ids(num_images: int, num_visible: int, num_tokens: int, device: torch.d
     slots = torch.arange(num_images)
     keys = random.bits(num_tokens, seed=seed, stream=random.Stream.MASK, step=0, slots=slots)
     return keys.argsort(dim=1, stable=True)[:, :num_visible].sort(dim=1).values.to(device)
+
+
+def draw_packed_ids(counts: list[int], num_tokens: int, device: torch.device | str, seed: int) -> tuple[Tensor, Tensor]:
+    """Distinct ascending token indices, ``counts[b]`` of image b: int64 ``[T]``, and their int32 ``cu_seqlens``."""
+    kept = [draw_ids(len(counts), count, num_tokens, device, seed)[image] for image, count in enumerate(counts)]
+    ids_keep = torch.cat(kept) if kept else torch.empty(0, dtype=torch.int64, device=device)
+    ends = list(itertools.accumulate(counts, initial=0))
+    return ids_keep, torch.tensor(ends, dtype=torch.int32, device=device)
 
 
 def restride(tensor: Tensor, layout: str) -> Tensor:

@@ -1,7 +1,7 @@
 // For each visible patch n of image b, with x0 the pixels of the patch in [-1, 1], in the order (py, px, channel):
 //
 //   xt     = alpha[b] x0 + sigma[b] eps
-//   target = eps (prediction 0), x0 (1), alpha[b] eps - sigma[b] x0 (2)
+//   target = eps_scale[b] eps + x0_scale[b] x0
 //
 // eps[e] is the standard normal of Philox counter (element // 4, slot, step, NOISE) with element = n P P C + e, by
 // Box-Muller in float32 (in float64 where out_dtype is).
@@ -14,6 +14,7 @@
 
 #include "common/dtype.h"
 #include "common/isa.h"
+#include "common/segments.h"
 
 namespace maskdm {
 
@@ -24,21 +25,22 @@ struct NoiseArgs {
   int64_t stride_image, stride_channel, stride_y, stride_x;  // in elements
   int64_t channels, patch_size;
   int64_t patches_per_row;  // of the grid
-  int64_t visible;          // K
-  const int64_t* ids;       // [B, K], or null for all patches in order
+  Segments segments;        // the visible patches of each image
+  const int64_t* ids;       // [T], or null for all patches in order
   const char* alpha;        // [B], f32 (f64 where out_dtype is f64)
   const char* sigma;
+  const char* eps_scale;
+  const char* x0_scale;
   const int64_t* slots;  // [B]
   const bool* flip;      // [B], or null
   int64_t step, seed;
-  int prediction;
-  char* xt;  // [B, K, P P C]
+  char* xt;  // [T, P P C]
   char* target;
 };
 
 struct NoiseKernels {
   int64_t (*scratch_bytes)(const NoiseArgs&);
-  // Visible patches [begin, end) of all B * K, in order.
+  // Visible patches [begin, end) of all T, in order.
   void (*run)(const NoiseArgs&, char* scratch, int64_t begin, int64_t end);
 };
 

@@ -108,14 +108,11 @@ void read_patch(const NoiseArgs& a, const Pixel* corner, int64_t step_x, Pixel* 
 // xt and target of one patch, or of a part of it.
 template <class Pixel, class Acc, class Out>
 void write_patch(const Pixel* __restrict pixels, const Acc* __restrict eps, int64_t size, Acc alpha, Acc sigma,
-                 int prediction, Out* __restrict xt, Out* __restrict target) {
-  // The target as a combination of eps and x0, so that one loop serves every prediction.
-  const Acc of_eps = prediction == 0 ? Acc(1) : prediction == 1 ? Acc(0) : alpha;
-  const Acc of_x0 = prediction == 0 ? Acc(0) : prediction == 1 ? Acc(1) : -sigma;
+                 Acc eps_scale, Acc x0_scale, Out* __restrict xt, Out* __restrict target) {
   for (int64_t e = 0; e < size; ++e) {
     const Acc x0 = pixel_value<Pixel, Acc>(pixels[e]);
     from_acc(alpha * x0 + sigma * eps[e], xt[e]);
-    from_acc(of_eps * eps[e] + of_x0 * x0, target[e]);
+    from_acc(eps_scale * eps[e] + x0_scale * x0, target[e]);
   }
 }
 
@@ -140,13 +137,22 @@ void run_typed(const NoiseArgs& a, char* scratch, int64_t begin, int64_t end) {
   uint32_t* block = reinterpret_cast<uint32_t*>(scratch + capacity * 32);
   uint32_t* slot = block + capacity;
   Pixel* pixels = reinterpret_cast<Pixel*>(slot + capacity);
-  const auto patch_of = [&](int64_t i) { return a.ids != nullptr ? a.ids[i] : i % a.visible; };
+  const auto patch_of = [&](int64_t i, int64_t b) {
+    return a.ids != nullptr ? a.ids[i] : i - segment_begin(a.segments, b);
+  };
+  // The image of patch i, where b is that of a patch before it; images may be empty.
+  const auto follow = [&](int64_t& b, int64_t i) {
+    while (i >= segment_begin(a.segments, b + 1)) ++b;
+  };
+  const auto of_image = [](const char* values, int64_t b) { return reinterpret_cast<const Acc*>(values)[b]; };
+  int64_t drawn_image = image_of(a.segments, begin), b = drawn_image;
   for (int64_t batch = begin; batch < end;) {
     // As many patches, of any image, as the batch holds, so that no lane of a draw is idle.
     int64_t drawn = 0, batch_end = batch;
     for (; batch_end < end && drawn + patch_blocks(a) <= capacity; ++batch_end) {
-      const int64_t n = patch_of(batch_end);
-      const uint32_t image_slot = static_cast<uint32_t>(a.slots[batch_end / a.visible]);
+      follow(drawn_image, batch_end);
+      const int64_t n = patch_of(batch_end, drawn_image);
+      const uint32_t image_slot = static_cast<uint32_t>(a.slots[drawn_image]);
       for (int64_t of_patch = n * size / 4; of_patch <= ((n + 1) * size - 1) / 4; ++of_patch, ++drawn) {
         block[drawn] = static_cast<uint32_t>(of_patch);
         slot[drawn] = image_slot;
@@ -160,15 +166,16 @@ void run_typed(const NoiseArgs& a, char* scratch, int64_t begin, int64_t end) {
     }
     const Acc* eps = noise;
     for (; batch < batch_end; ++batch) {
-      const int64_t b = batch / a.visible, n = patch_of(batch);
+      follow(b, batch);
+      const int64_t n = patch_of(batch, b);
       const bool flipped = a.flip != nullptr && a.flip[b];
       const int64_t row = n / a.patches_per_row, column = n % a.patches_per_row;
       const int64_t left = flipped ? width - 1 - column * a.patch_size : column * a.patch_size;
       const Pixel* corner = reinterpret_cast<const Pixel*>(a.images) + b * a.stride_image +
                             row * a.patch_size * a.stride_y + left * a.stride_x;
       read_patch(a, corner, flipped ? -a.stride_x : a.stride_x, pixels);
-      write_patch(pixels, eps + n * size % 4, size, reinterpret_cast<const Acc*>(a.alpha)[b],
-                  reinterpret_cast<const Acc*>(a.sigma)[b], a.prediction, reinterpret_cast<Out*>(a.xt) + batch * size,
+      write_patch(pixels, eps + n * size % 4, size, of_image(a.alpha, b), of_image(a.sigma, b),
+                  of_image(a.eps_scale, b), of_image(a.x0_scale, b), reinterpret_cast<Out*>(a.xt) + batch * size,
                   reinterpret_cast<Out*>(a.target) + batch * size);
       eps += (((n + 1) * size - 1) / 4 - n * size / 4 + 1) * 4;
     }

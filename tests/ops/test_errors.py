@@ -83,6 +83,13 @@ WRONG = [
     (lambda: _noise(alpha=HALF[:1]), ValueError, r"alpha has shape \[1\], want \[2\]"),
     (lambda: _noise(sigma=HALF.long()), TypeError, "sigma has dtype int64"),
     (lambda: _noise(prediction="noise"), ValueError, "prediction is 'noise', want one of eps, x0, v"),
+    (lambda: _noise(prediction=(HALF,)), ValueError, r"want one of eps, x0, v, or \(eps_scale, x0_scale\)"),
+    (lambda: _noise(prediction=(HALF, HALF.long())), TypeError, "x0_scale has dtype int64, want float32"),
+    (lambda: _noise(prediction=(HALF[:1], HALF)), ValueError, r"eps_scale has shape \[1\], want \[2\]"),
+    (lambda: _noise(cu_seqlens=CU), ValueError, "cu_seqlens is given without ids_keep"),
+    (lambda: _noise(ids_keep=IDS, cu_seqlens=CU), ValueError, r"ids_keep has shape \[2, 2\], want \[T\]"),
+    (lambda: _noise(ids_keep=IDS[0], cu_seqlens=CU.long()), TypeError, "cu_seqlens has dtype int64, want int32"),
+    (lambda: _noise(ids_keep=IDS[0], cu_seqlens=CU[:2]), ValueError, r"cu_seqlens has shape \[2\], want \[3\]"),
     (lambda: _noise(out_dtype=torch.int8), TypeError, "out_dtype is torch.int8"),
     (lambda: _noise(seed=-1), ValueError, "seed is -1, want 0 <= seed"),
     (lambda: _noise(slots=torch.arange(3)), ValueError, r"slots has shape \[3\], want \[2\]"),
@@ -129,6 +136,11 @@ BAD_VALUES = [
     (lambda b: ops.masked_attention(QKV[0], cu_seqlens=CU[[0, 2, 1]], backend=b), "cu_seqlens falls from 3 to 1 at 2"),
     (lambda b: ops.masked_dsm_loss(X[0], X[0], cu_seqlens=CU, backend=b), "cu_seqlens ends at 3, want .* 6"),
     (lambda b: _noise(ids_keep=OUT_OF_RANGE, backend=b), "noise_visible_patches: ids_keep of image 1 holds 6 at 1"),
+    (lambda b: _noise(ids_keep=IDS[0], cu_seqlens=CU, backend=b), "noise_visible_patches: cu_seqlens ends at 3"),
+    (
+        lambda b: _noise(ids_keep=torch.tensor([3, 0, 4]), cu_seqlens=CU, backend=b),
+        "noise_visible_patches: ids_keep of image 1 holds 4 at 1, want 0 <= id < 4",
+    ),
 ]
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from maskdm_fast.ops.gather_tokens.op import gather_tokens, scatter_tokens
-from maskdm_fast.testing import LAYOUTS, draw, draw_ids, restride
+from maskdm_fast.testing import LAYOUTS, draw, draw_ids, draw_packed_ids, restride
 
 WITH_GRAD = ("x", "base")
 EXACT = True
@@ -65,11 +65,8 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device | str, seed
     ids_keep = draw_ids(case.num_images, case.num_visible, case.num_tokens, device, seed)
     cu_seqlens = None
     if case.packed:
-        all_ids = draw_ids(case.num_images, case.num_tokens, case.num_tokens, device, seed)
         counts = [(case.num_visible + image) % (case.num_tokens + 1) for image in range(case.num_images)]
-        kept = [all_ids[image, :count] for image, count in enumerate(counts)]
-        ids_keep = torch.cat(kept) if kept else all_ids.flatten()
-        cu_seqlens = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32, device=device)
+        ids_keep, cu_seqlens = draw_packed_ids(counts, case.num_tokens, device, seed)
     return {
         "x": restride(draw(shape, dtype, device, seed), case.layout),
         "base": restride(draw(shape, dtype, device, seed + 1), case.layout),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from maskdm_fast.ops.noise_visible_patches.op import noise_visible_patches
-from maskdm_fast.testing import draw, draw_ids, restride
+from maskdm_fast.testing import draw, draw_ids, draw_packed_ids, restride
 
 WITH_GRAD = ()
 EXACT = False
@@ -24,12 +24,13 @@ class Case:
     channels: int
     patch_size: int
     num_visible: int | None  # None: ids_keep is None
-    prediction: str = "eps"
+    prediction: str = "eps"  # or "pair": (eps_scale, x0_scale)
     layout: str = "bchw"
     pixels: str = "uint8"  # or "float": of the tested dtype
     memory: str = "contiguous"
     flip: bool = False
     step: int = 3
+    packed: bool = False  # image b then keeps (num_visible + 2 b) % (N + 1) patches
 
 
 CASES = (
@@ -51,6 +52,10 @@ CASES = (
     Case("expanded", 3, 16, 16, 3, 4, 5, memory="expanded"),
     Case("sliced", 3, 16, 16, 3, 4, 5, pixels="float", memory="sliced"),
     Case("late_step", 2, 8, 8, 3, 4, 2, step=2**31 + 5),
+    Case("pair", 3, 16, 16, 3, 4, 5, prediction="pair"),
+    Case("packed", 4, 8, 12, 3, 4, 3, packed=True, prediction="v"),  # 3, 5, 0, 2 of 6 patches
+    Case("packed_odd_flip", 3, 9, 6, 1, 3, 5, packed=True, prediction="pair", flip=True, pixels="float"),
+    Case("packed_no_images", 0, 8, 8, 3, 4, 2, packed=True),
 )
 
 BENCHMARKS = (
@@ -63,6 +68,7 @@ BENCHMARKS = (
 def random_case(rng: random.Random) -> Case:
     patch_size = rng.randint(1, 5)
     rows, columns = rng.randint(1, 5), rng.randint(1, 5)
+    num_visible = rng.choice([None, rng.randint(1, rows * columns)])
     return Case(
         "random",
         rng.randint(0, 4),
@@ -70,13 +76,14 @@ def random_case(rng: random.Random) -> Case:
         columns * patch_size,
         rng.randint(1, 4),
         patch_size,
-        rng.choice([None, rng.randint(1, rows * columns)]),
-        prediction=rng.choice(["eps", "x0", "v"]),
+        num_visible,
+        prediction=rng.choice(["eps", "x0", "v", "pair"]),
         layout=rng.choice(["bchw", "bhwc"]),
         pixels=rng.choice(["uint8", "float"]),
         memory=rng.choice(["contiguous", "transposed", "expanded"]),
         flip=rng.random() < 0.5,
         step=rng.randint(0, 2**40),
+        packed=num_visible is not None and rng.random() < 0.5,
     )
 
 
@@ -87,17 +94,22 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device | str, seed
     values = draw(shape, torch.float32, device, seed)
     pixels = (values * 60 + 128).clamp(0, 255).to(torch.uint8) if case.pixels == "uint8" else values.to(dtype)
     num_patches = (case.height // case.patch_size) * (case.width // case.patch_size)
-    ids_keep = None
-    if case.num_visible is not None:
+    ids_keep = cu_seqlens = None
+    if case.packed:
+        counts = [(case.num_visible + 2 * image) % (num_patches + 1) for image in range(case.num_images)]
+        ids_keep, cu_seqlens = draw_packed_ids(counts, num_patches, device, seed)
+    elif case.num_visible is not None:
         ids_keep = draw_ids(case.num_images, case.num_visible, num_patches, device, seed)
     angle = draw((case.num_images,), torch.float64, device, seed + 1)
+    scales = draw((2, case.num_images), torch.float32, device, seed + 2).unbind()
     return {
         "images": restride(pixels, case.memory),
         "ids_keep": ids_keep,
         "alpha": angle.cos().float(),
         "sigma": angle.sin().abs().float(),
         "patch_size": case.patch_size,
-        "prediction": case.prediction,
+        "prediction": scales if case.prediction == "pair" else case.prediction,
+        "cu_seqlens": cu_seqlens,
         "seed": 2**40 + seed,
         "step": case.step,
         "slots": 7 + 3 * torch.arange(case.num_images, device=device),

@@ -5,8 +5,6 @@ from torch import Tensor
 
 from maskdm_fast.ops import backend
 
-_PREDICTION = {"eps": 0, "x0": 1, "v": 2}
-
 if backend.has_native():
     _forward = torch.ops.maskdm_fast.noise_visible_patches_fwd.default
 
@@ -14,49 +12,56 @@ if backend.has_native():
     def _fake(
         images: Tensor,
         ids_keep: Tensor | None,
+        cu_seqlens: Tensor | None,
         alpha: Tensor,
         sigma: Tensor,
+        eps_scale: Tensor,
+        x0_scale: Tensor,
         slots: Tensor,
         step: Tensor,
         flip: Tensor | None,
         patch_size: int,
         channels_last: bool,
-        prediction: int,
         seed: int,
         out_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         num_images, *sizes = images.shape
         height, width, channels = sizes if channels_last else (sizes[1], sizes[2], sizes[0])
-        visible = (height // patch_size) * (width // patch_size) if ids_keep is None else ids_keep.shape[1]
-        xt = images.new_empty(num_images, visible, patch_size * patch_size * channels, dtype=out_dtype)
+        all_patches = (num_images, (height // patch_size) * (width // patch_size))
+        tokens = all_patches if ids_keep is None else ids_keep.shape
+        xt = images.new_empty(*tokens, patch_size * patch_size * channels, dtype=out_dtype)
         return xt, torch.empty_like(xt)
 
 
 def forward(
     images: Tensor,
     ids_keep: Tensor | None,
+    cu_seqlens: Tensor | None,
     alpha: Tensor,
     sigma: Tensor,
+    eps_scale: Tensor,
+    x0_scale: Tensor,
     slots: Tensor,
     step: Tensor,
     flip: Tensor | None,
     patch_size: int,
     channels_last: bool,
-    prediction: str,
     seed: int,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     return _forward(
         images,
         None if ids_keep is None else ids_keep.contiguous(),
+        None if cu_seqlens is None else cu_seqlens.contiguous(),
         alpha.contiguous(),
         sigma.contiguous(),
+        eps_scale.contiguous(),
+        x0_scale.contiguous(),
         slots.contiguous(),
         step,
         None if flip is None else flip.contiguous(),
         patch_size,
         channels_last,
-        _PREDICTION[prediction],
         seed,
         out_dtype,
     )
