@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from maskdm_fast.data.sources import ImageSource, decode_image, find_source
+from maskdm_fast.data.idx import IdxSource, idx_source, is_idx, read_images
+from maskdm_fast.data.sources import ImageSource, decode_image, emoji_source, folder_source
 from maskdm_fast.data.store import ImageStore, Progress, StoreError, write_store
 
 _log = logging.getLogger(__name__)
@@ -33,18 +34,29 @@ class UnreadableImagesError(ValueError):
         )
 
 
-def _packing_key(source: ImageSource, image_size: int) -> str:
-    return hashlib.sha256(json.dumps([source.fingerprint, image_size, _PACKING]).encode()).hexdigest()
+def find_source(name_or_path: str | os.PathLike[str]) -> ImageSource | IdxSource:
+    """`emoji_source` for the name "emoji", `idx_source` where `is_idx` says so, else `folder_source`.
+
+    Write "./emoji" for a folder of that name.
+    """
+    if str(name_or_path) == "emoji":
+        return emoji_source()
+    return idx_source(name_or_path) if is_idx(name_or_path) else folder_source(name_or_path)
+
+
+def _packing_key(source: ImageSource | IdxSource, image_size: int, channels: int) -> str:
+    converted = [channels] if channels != source.channels else []
+    return hashlib.sha256(json.dumps([source.fingerprint, image_size, _PACKING, *converted]).encode()).hexdigest()
 
 
 def _decode_all(
-    source: ImageSource, image_size: int, bad: list[tuple[str, str]], progress: Progress | None
+    source: ImageSource, image_size: int, channels: int, bad: list[tuple[str, str]], progress: Progress | None
 ) -> Iterator[tuple[np.ndarray, int]]:
     """Decode in order, in threads (Pillow releases the GIL); damaged files are appended to `bad`."""
 
     def decode(name: str) -> np.ndarray | str:
         try:
-            return decode_image(source.root / name, image_size)
+            return decode_image(source.root / name, image_size, channels)
         except ImportError:
             raise
         except Exception as error:  # Pillow's decoders raise nearly anything on damaged input
@@ -66,35 +78,53 @@ def _decode_all(
                 progress(min(start + _CHUNK, total), total)
 
 
+def _read_all(
+    source: IdxSource, image_size: int, channels: int, progress: Progress | None
+) -> Iterator[tuple[np.ndarray, int]]:
+    total = len(source.labels)
+    for done, image in enumerate(read_images(source, image_size, channels), start=1):
+        yield image, source.labels[done - 1]
+        if progress is not None and (done % _CHUNK == 0 or done == total):
+            progress(done, total)
+
+
 def pack(
-    source: ImageSource,
+    source: ImageSource | IdxSource,
     path: str | os.PathLike[str],
     image_size: int,
     *,
+    channels: int | None = None,
     skip_bad: bool = False,
     progress: Progress | None = None,
 ) -> ImageStore:
     """Decode every image of a source into a store at `path`, and open it.
 
     Args:
-        source: from `folder_source` or `emoji_source`.
+        source: from `find_source`.
         path: file to make; it appears only when complete. Its folder is made if missing.
         image_size: side in pixels, >= 1.
+        channels: 1 (grey) or 3 (RGB); None: those of the source.
         skip_bad: leave unreadable files out, listed in the log and in the store's header.
         progress: called with (files done, files in all).
 
     Raises:
         UnreadableImagesError: some files cannot be decoded and `skip_bad` is False.
-        ValueError: `image_size` < 1, or no file can be decoded.
+        ValueError: `image_size` or `channels` is out of range, no file can be decoded, or an idx file is damaged.
     """
     if image_size < 1:
         raise ValueError(f"image_size is {image_size}, want at least 1")
+    channels = source.channels if channels is None else channels
+    if channels not in (1, 3):
+        raise ValueError(f"channels is {channels}, want 1 (grey) or 3 (RGB)")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     bad: list[tuple[str, str]] = []
 
     def images() -> Iterator[tuple[np.ndarray, int]]:
-        yield from _decode_all(source, image_size, bad, progress)
+        if isinstance(source, IdxSource):
+            yield from _read_all(source, image_size, channels, progress)
+            return
+        yield from _decode_all(source, image_size, channels, bad, progress)
         if bad and (not skip_bad or len(bad) == len(source.files)):
             raise UnreadableImagesError(source.name, len(source.files), bad)
 
@@ -102,9 +132,10 @@ def pack(
         path,
         images(),
         image_size=image_size,
+        channels=channels,
         class_names=source.class_names,
         source=source.name,
-        fingerprint=_packing_key(source, image_size),
+        fingerprint=_packing_key(source, image_size, channels),
         skipped=bad,
         attribution=source.attribution,
     )
@@ -114,9 +145,10 @@ def pack(
 
 
 def open_dataset(
-    name_or_folder: str | os.PathLike[str],
+    name_or_path: str | os.PathLike[str],
     image_size: int,
     *,
+    channels: int | None = None,
     cache_dir: str | os.PathLike[str],
     skip_bad: bool = False,
     progress: Progress | None = None,
@@ -128,20 +160,28 @@ def open_dataset(
     cannot be opened is packed again. Processes that pack the same set at once do not disturb each other.
 
     Args:
-        name_or_folder: "emoji" for the default set, or a folder of images (see `folder_source`).
-        image_size: side in pixels; images are centre-cropped to a square and resized.
+        name_or_path: "emoji" for the default set; a folder of images (see `folder_source`); MNIST-style idx files (see
+            `idx_source`); or a packed store (a file named ``*.store``), which is opened as it is.
+        image_size: side in pixels. Images are centre-cropped to a square and resized; 28x28 pixels of an idx file get a
+            black border instead where `image_size` is 32.
+        channels: 1 (grey) or 3 (RGB), converting if need be; None: 1 of idx files, 3 of image files, those of a store.
         cache_dir: folder of the stores; made if missing.
         skip_bad: as in `pack`.
         progress: as in `pack`; not called where the store is there already.
 
     Raises:
-        FileNotFoundError: no such folder.
+        FileNotFoundError: no such file or folder.
         ImportError: Pillow, or for "emoji" its packages, are not installed.
+        StoreError: a file named ``*.store`` is none that this version can read.
         UnreadableImagesError: some files cannot be decoded (now or when the store was packed) and `skip_bad` is False.
-        ValueError: the folder has no images, or mixes images with class folders.
+        ValueError: the folder has no images, or mixes images with class folders; an idx file is damaged; or a packed
+            store has images of another size or other channels.
     """
-    source = find_source(name_or_folder)
-    key = _packing_key(source, image_size)
+    if Path(name_or_path).suffix == ".store" and not Path(name_or_path).is_dir():
+        return _open_packed(Path(name_or_path), image_size, channels)
+    source = find_source(name_or_path)
+    channels = source.channels if channels is None else channels
+    key = _packing_key(source, image_size, channels)
     safe_name = re.sub(r"[^A-Za-z0-9._-]+", "_", source.name)[:80]
     path = Path(cache_dir) / f"{safe_name}-{image_size}px-{key[:16]}.store"
     store = None
@@ -151,7 +191,19 @@ def open_dataset(
         except StoreError as error:
             _log.warning("packing %s again: %s", source.name, error)
     if store is None or store.header.fingerprint != key:
-        store = pack(source, path, image_size, skip_bad=skip_bad, progress=progress)
+        store = pack(source, path, image_size, channels=channels, skip_bad=skip_bad, progress=progress)
     if store.header.skipped and not skip_bad:
-        raise UnreadableImagesError(source.name, len(source.files), list(store.header.skipped))
+        raise UnreadableImagesError(source.name, len(source.labels), list(store.header.skipped))
+    return store
+
+
+def _open_packed(path: Path, image_size: int, channels: int | None) -> ImageStore:
+    store = ImageStore.open(path)
+    channels = store.channels if channels is None else channels
+    held, want = store.header.shape[1:], (image_size, image_size, channels)
+    if held != want:
+        raise ValueError(
+            f"{str(path)!r} holds images of {'x'.join(map(str, held))} (height, width, channels), want "
+            f"{'x'.join(map(str, want))}: pack it again in that shape, or change the model's image_size and channels"
+        )
     return store

