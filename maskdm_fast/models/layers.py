@@ -49,10 +49,10 @@ class SkipLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(dim))
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        """Join two ``[B, K, D]`` tensors into one."""
-        out = F.linear(x.flatten(0, 1), self.weight_x, self.bias)  # [B*K, D]
+        """Join two ``[B, K, D]`` or packed ``[T, D]`` tensors into one."""
+        out = F.linear(x.flatten(0, -2), self.weight_x, self.bias)  # [B*K, D]
         # Autocast does not see in-place ops, so the weight follows by hand.
-        out.addmm_(skip.flatten(0, 1), self.weight_skip.to(out.dtype).t())
+        out.addmm_(skip.flatten(0, -2), self.weight_skip.to(out.dtype).t())
         return out.view_as(x)
 
 
@@ -65,9 +65,9 @@ class Attention(nn.Module):
         self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B, K, 3, H, E]
-        return self.proj(ops.masked_attention(qkv).flatten(2))
+        return self.proj(ops.masked_attention(qkv, cu_seqlens=cu_seqlens).flatten(-2))
 
 
 class MLP(nn.Module):
@@ -93,11 +93,14 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(dim)
         self.mlp = MLP(dim, hidden)
 
-    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        """Map ``[B, K, D]`` to ``[B, K, D]``; `skip` of the same shape goes to the blocks built with ``skip=True``."""
+    def forward(self, x: Tensor, skip: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Map ``[B, K, D]`` to ``[B, K, D]``; `skip` of the same shape goes to the blocks built with ``skip=True``.
+
+        Packed, ``[T, D]`` to ``[T, D]``, the tokens of image b being those from ``cu_seqlens[b]`` on.
+        """
         if self.skip is not None:
             x = self.skip(x, skip)
-        x = x + self.attention(self.norm1(x))
+        x = x + self.attention(self.norm1(x), cu_seqlens)
         return x + self.mlp(self.norm2(x))
 
 
