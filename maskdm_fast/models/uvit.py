@@ -1,13 +1,16 @@
-"""The U-ViT of MaskDM: a ViT with long skips that computes nothing for masked patches."""
+"""The U-ViT of MaskDM, and the original: a ViT with long skips that computes nothing for masked patches."""
 
 import dataclasses
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from maskdm_fast import random
 from maskdm_fast.models.layers import Block, LayerNorm, Linear, timestep_embedding
+from maskdm_fast.models.original import FinalConv, TimeMLP
+from maskdm_fast.models.packing import Packing
 from maskdm_fast.random import Stream
 
 _INIT_STD = 0.02
@@ -27,6 +30,9 @@ class UViTConfig:
         mlp_ratio: hidden width of the MLP over `dim`.
         qkv_bias: give q, k and v a bias.
         num_classes: 0 for an unconditional model; above, the model has a class token.
+        time_mlp: pass the time token through an MLP, as the original U-ViT can.
+        final_conv: end with a 3x3 convolution on the image, as the original U-ViT does. Such a model takes whole images
+            only. To pretrain on visible patches leave it out; `transfer` adds it for the unmasked stage.
 
     Raises:
         ValueError: if a value is out of range or does not divide another.
@@ -41,6 +47,8 @@ class UViTConfig:
     mlp_ratio: float = 4.0
     qkv_bias: bool = False
     num_classes: int = 0
+    time_mlp: bool = False
+    final_conv: bool = False
 
     def __post_init__(self):
         for name in ("image_size", "patch_size", "channels", "dim", "depth", "num_heads"):
@@ -98,13 +106,19 @@ class UViT(nn.Module):
             Constructed under ``torch.device("meta")`` the model holds no values; give it memory with ``to_empty``, then
             call `reset_parameters`.
 
+    Attributes:
+        activation_checkpointing: keep only the inputs of the blocks for the backward pass and compute each block a
+            second time there: the same gradients with less memory, for about a third more work. Off at first.
+
     Source: Lei et al., "Masked Diffusion Models Are Fast Distribution Learners", arXiv 2306.11363, on the network of
-    Bao et al., "All are Worth Words: A ViT Backbone for Diffusion Models", CVPR 2023, without its final convolution.
+    Bao et al., "All are Worth Words: A ViT Backbone for Diffusion Models", CVPR 2023, whose final convolution and time
+    MLP are options.
     """
 
     def __init__(self, config: UViTConfig, *, seed: int = 0):
         super().__init__()
         self.config = config
+        self.activation_checkpointing = False
         dim = config.dim
         self.patch_embed = Linear(config.token_dim, dim)
         self.positions = nn.Parameter(torch.empty(config.num_extras + config.num_tokens, dim))
@@ -121,6 +135,9 @@ class UViT(nn.Module):
         self.out_blocks = nn.ModuleList(block(skip=True) for _ in range(half))
         self.norm = LayerNorm(dim)
         self.head = Linear(dim, config.token_dim)
+        self.time_mlp = TimeMLP(dim) if config.time_mlp else None
+        grid_side = config.image_size // config.patch_size
+        self.final_conv = FinalConv(grid_side, config.patch_size, config.channels) if config.final_conv else None
         self.reset_parameters(seed)
 
     @torch.no_grad()
@@ -129,8 +146,8 @@ class UViT(nn.Module):
 
         Matrices, positions and the unconditional embedding are N(0, 0.02^2) (the truncation of the published code lies
         at 100 standard deviations), biases 0, norms 1 and 0. The patch and label embeddings keep the distributions that
-        PyTorch gives them: uniform within ``1/sqrt(fan_in)``, and N(0, 1). Parameters on the meta device are passed
-        over.
+        PyTorch gives them: uniform within ``1/sqrt(fan_in)``, and N(0, 1). The final convolution is the identity.
+        Parameters on the meta device are passed over.
         """
         for index, (name, parameter) in enumerate(self.named_parameters()):
             if parameter.is_meta:
@@ -145,46 +162,74 @@ class UViT(nn.Module):
             else:
                 values = random.normal(parameter.numel(), **draw) * (1.0 if name == "label_embed" else _INIT_STD)
             parameter.copy_(values.view(parameter.shape))
+        if self.final_conv is not None and not self.final_conv.weight.is_meta:
+            self.final_conv.reset_parameters()
 
     def forward(
-        self, tokens: Tensor, t: Tensor, ids_keep: Tensor | None = None, labels: Tensor | None = None
+        self,
+        tokens: Tensor,
+        t: Tensor,
+        ids_keep: Tensor | None = None,
+        labels: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """Predict one vector per visible patch.
 
         Args:
-            tokens: ``[B, K, P*P*C]``, visible noisy patches, each ordered (py, px, c).
-            t: ``[B]``, integer or floating, 0..T-1.
+            tokens: ``[B, K, P*P*C]``, visible noisy patches, each ordered (py, px, c); packed ``[T, P*P*C]``.
+            t: ``[B]``, integer or floating, about 0..1000; or ``[B, D]``, what `time_tokens` made of it.
             ids_keep: int64 ``[B, K]``, the place of each token among the N patches; None means all of them in order.
+                Packed ``[T]``.
             labels: int64 ``[B]``, a class or -1 for the learned unconditional embedding; None means -1 for all. Must be
                 None if the model has no classes.
+            cu_seqlens: int32 ``[B + 1]``, cumulative token counts of the packed form, where images keep different
+                counts. One attention call serves them all, and nothing is padded.
 
         Returns:
-            ``[B, K, P*P*C]`` in the compute dtype.
+            ``[B, K, P*P*C]``, packed ``[T, P*P*C]``, in the compute dtype.
 
         Raises:
             ValueError: if shapes do not fit each other or the configuration, or labels go to an unconditional model.
         """
-        self._check(tokens, t, ids_keep, labels)
+        self._check(tokens, t, ids_keep, labels, cu_seqlens)
         extras = self.config.num_extras
         patches = self.patch_embed(tokens.to(self.patch_embed.weight.dtype))  # [B, K, D]
         dtype = patches.dtype
         # Rows are picked before the cast so that their gradients add up in the precision of the table.
         rows = self.positions[extras:] if ids_keep is None else F.embedding(ids_keep, self.positions[extras:])
-        front = timestep_embedding(t, self.config.dim)[:, None].to(self.positions.dtype)  # [B, 1, D]
+        front = (t if t.ndim == 2 else self.time_tokens(t))[:, None]  # [B, 1, D]
         if self.config.num_classes:
             front = torch.cat((self._class_token(labels, t.shape[0]), front), dim=1)
         front = front + self.positions[:extras]
-        x = torch.cat((front.to(dtype), patches + rows.to(dtype)), dim=1)  # [B, extras + K, D]
+        front, patches = front.to(dtype), patches + rows.to(dtype)
+        packing = None if cu_seqlens is None else Packing.of(cu_seqlens, extras, tokens.shape[0])
+        if packing is None:
+            x = torch.cat((front, patches), dim=1)  # [B, extras + K, D]
+        else:
+            x, cu_seqlens = packing.join(front, patches), packing.cu_seqlens  # [B extras + T, D]
 
         skips = []
         for block in self.in_blocks:
-            x = block(x)
+            x = self._run(block, x, None, cu_seqlens)
             skips.append(x)
-        x = self.mid_block(x)
+        x = self._run(self.mid_block, x, None, cu_seqlens)
         for block in self.out_blocks:
-            x = block(x, skips.pop())
+            x = self._run(block, x, skips.pop(), cu_seqlens)
         # The extras are dropped after the head, where a token is P*P*C wide instead of D.
-        return self.head(self.norm(x))[:, extras:]
+        out = self.head(self.norm(x))
+        out = out[:, extras:] if packing is None else packing.patches(out)
+        return out if self.final_conv is None else self.final_conv(out)
+
+    def _run(self, block: Block, *inputs: Tensor | None) -> Tensor:
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            # Nothing in a block draws random numbers, so there is no generator to put back.
+            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return block(*inputs)
+
+    def time_tokens(self, t: Tensor) -> Tensor:
+        """The time token of each t, ``[S]`` to ``[S, D]``: a sampler asks once for the times of all its steps."""
+        tokens = timestep_embedding(t, self.config.dim).to(self.positions.dtype)
+        return tokens if self.time_mlp is None else self.time_mlp(tokens)
 
     def _class_token(self, labels: Tensor | None, batch: int) -> Tensor:
         """One ``[B, 1, D]`` token: the row of the class, or the unconditional embedding."""
@@ -196,31 +241,45 @@ class UViT(nn.Module):
             )
         return uncond[:, None]
 
-    def _check(self, tokens: Tensor, t: Tensor, ids_keep: Tensor | None, labels: Tensor | None) -> None:
+    def _check(
+        self, tokens: Tensor, t: Tensor, ids_keep: Tensor | None, labels: Tensor | None, cu_seqlens: Tensor | None
+    ) -> None:
         config = self.config
-        if tokens.ndim != 3 or tokens.shape[2] != config.token_dim:
+        lead = ["B", "K"] if cu_seqlens is None else ["T"]
+        if tokens.ndim != len(lead) + 1 or tokens.shape[-1] != config.token_dim:
             raise ValueError(
-                f"UViT: tokens has shape {list(tokens.shape)}, want [B, K, {config.token_dim}] "
+                f"UViT: tokens has shape {list(tokens.shape)}, want [{', '.join(lead)}, {config.token_dim}] "
                 f"(patches of {config.patch_size}x{config.patch_size} pixels, {config.channels} channels)"
             )
-        if t.shape != tokens.shape[:1]:
-            raise ValueError(f"UViT: t has shape {list(t.shape)}, want [{tokens.shape[0]}], one per image of tokens")
+        num_images = tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        if t.shape not in ((num_images,), (num_images, config.dim)):
+            raise ValueError(
+                f"UViT: t has shape {list(t.shape)}, want [{num_images}], one per image of tokens, "
+                f"or [{num_images}, {config.dim}], ready time tokens"
+            )
+        if ids_keep is None and cu_seqlens is not None:
+            raise ValueError("UViT: cu_seqlens is given without ids_keep; packed tokens have to say which they are")
         if ids_keep is None and tokens.shape[1] != config.num_tokens:
             raise ValueError(
                 f"UViT: tokens has {tokens.shape[1]} patches per image and ids_keep is None, want all "
                 f"{config.num_tokens}; pass ids_keep to say which ones these are"
             )
-        if ids_keep is not None and ids_keep.shape != tokens.shape[:2]:
+        if ids_keep is not None and ids_keep.shape != tokens.shape[:-1]:
             raise ValueError(
-                f"UViT: ids_keep has shape {list(ids_keep.shape)}, want {list(tokens.shape[:2])} as tokens"
+                f"UViT: ids_keep has shape {list(ids_keep.shape)}, want {list(tokens.shape[:-1])} as tokens"
+            )
+        if ids_keep is not None and config.final_conv:
+            raise ValueError(
+                "UViT: ids_keep was given to a model with final_conv=True, whose convolution reads across patches and "
+                "needs whole images; pretrain with final_conv=False and switch it on for the unmasked stage"
             )
         if labels is not None and not config.num_classes:
             raise ValueError(
                 "UViT: labels were given to a model with num_classes=0; pass None or configure num_classes"
             )
-        if labels is not None and labels.shape != t.shape:
+        if labels is not None and labels.shape != t.shape[:1]:
             raise ValueError(
-                f"UViT: labels has shape {list(labels.shape)}, want {list(t.shape)}, one per image of tokens"
+                f"UViT: labels has shape {list(labels.shape)}, want {list(t.shape[:1])}, one per image of tokens"
             )
 
 

@@ -139,6 +139,14 @@ def test_all_ids_in_order_is_the_same_as_none():
     torch.testing.assert_close(model(tokens, t), model(tokens, t, torch.arange(16).expand(2, 16)))
 
 
+def test_ready_time_tokens_are_the_same_as_times():
+    model, tokens, t, labels = UViT(TINY_LABELS), torch.randn(2, 16, 18), torch.tensor([3, 700]), torch.tensor([1, -1])
+    expected = model(tokens, t, None, labels)
+    torch.testing.assert_close(model(tokens, model.time_tokens(t), None, labels), expected)
+    one = model.time_tokens(t[1:]).expand(2, -1)
+    torch.testing.assert_close(model(tokens, one, None, labels)[1], expected[1])
+
+
 def test_float_times_and_low_precision_parameters():
     model = UViT(TINY)
     tokens, t = torch.randn(2, 16, 18), torch.tensor([3, 700])
