@@ -83,6 +83,30 @@ def kernel_distance(features: Tensor, reference: Tensor) -> float:
     return mean_of_pairs(a) + mean_of_pairs(b) - 2 * kernel_sum(a, b) / (len(a) * len(b))
 
 
+def kernel_distances_of_splits(features: Tensor, first: Tensor) -> Tensor:
+    """`kernel_distance` between the two parts of a set, for many ways to split it, with one pass over its pairs.
+
+    Args:
+        features: ``[n, d]``.
+        first: bool ``[splits, n]``: the images of the first part; each part has at least 2.
+
+    Returns:
+        float64 ``[splits]``.
+    """
+    x, first = features.double(), first.double()
+    a, b = first.T, 1 - first.T  # [n, splits]
+    sums = torch.zeros(3, first.shape[0], dtype=torch.float64)
+    for start in range(0, len(x), _ROWS):
+        rows = slice(start, start + _ROWS)
+        kernel = (x[rows] @ x.T / x.shape[1] + 1).pow(3)
+        kernel.diagonal(start).zero_()
+        to_a, to_b = kernel @ a, kernel @ b
+        sums += torch.stack([(a[rows] * to_a).sum(0), (b[rows] * to_b).sum(0), (a[rows] * to_b).sum(0)])
+    num_a, num_b = a.sum(0), b.sum(0)
+    aa, bb, ab = sums
+    return aa / (num_a * (num_a - 1)) + bb / (num_b * (num_b - 1)) - 2 * ab / (num_a * num_b)
+
+
 def _check(features: Tensor, reference: Tensor) -> None:
     for name, value in (("features", features), ("reference", reference)):
         if value.ndim != 2 or len(value) < 2:
@@ -105,6 +129,12 @@ def subset_indices(num_images: int, count: int, *, seed: int) -> Tensor:
     if not 0 <= count <= num_images:
         raise ValueError(f"count is {count}, want 0..{num_images}")
     return random.permutation(num_images, seed=seed, stream=random.Stream.SUBSET, step=0)[:count]
+
+
+def floor_split(num_generated: int, num_reference: int, *, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of the real images that stand for generated ones in the floor, and of the others; see `Scores`."""
+    order = subset_indices(num_reference, num_reference, seed=seed)
+    return order.tensor_split([min(num_generated, num_reference // 2)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +188,7 @@ def compare(
     network: FeatureNetwork,
     *,
     seed: int,
+    floor: Scores | None = None,
     batch_size: int = 16,
     progress: Progress | None = None,
 ) -> Scores:
@@ -168,6 +199,8 @@ def compare(
         reference: uint8 images ``[m, h, w, C]``, or their features ``[m, d]``; m >= 4.
         network: `load_features`.
         seed: picks the real images of the floor, see `Scores`.
+        floor: scores of other images against the same reference, by the same network: where number and seed agree,
+            their floor is taken over instead of being computed again.
         batch_size: images per pass through the network.
         progress: called with (images done, images in all), for each set that is given as images.
 
@@ -183,16 +216,18 @@ def compare(
     )
     if len(a) < 2 or len(b) < 4:
         raise ValueError(f"{len(a)} generated and {len(b)} reference images, want at least 2 and 4")
-    taken = min(len(a), len(b) // 2)
-    order = subset_indices(len(b), len(b), seed=seed)
-    held_out, rest = b[order[:taken]], b[order[taken:]]
+    held_out, rest = floor_split(len(a), len(b), seed=seed)
+    if floor is None or (floor.num_generated, floor.num_reference, floor.seed) != (len(a), len(b), seed):
+        floor_values = frechet_distance(b[held_out], b[rest]), kernel_distance(b[held_out], b[rest])
+    else:
+        floor_values = floor.fd_floor, floor.kid_floor
     return Scores(
         fd_name=network.name,
         kid_name=network.kernel_name,
         fd=frechet_distance(a, b),
-        fd_floor=frechet_distance(held_out, rest),
+        fd_floor=floor_values[0],
         kid=kernel_distance(a, b),
-        kid_floor=kernel_distance(held_out, rest),
+        kid_floor=floor_values[1],
         num_generated=len(a),
         num_reference=len(b),
         floor_num_generated=len(held_out),

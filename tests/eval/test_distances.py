@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from maskdm_fast import random
-from maskdm_fast.eval import compare, frechet_distance, kernel_distance, subset_indices
+from maskdm_fast.eval import compare, distances, frechet_distance, kernel_distance, subset_indices
 from maskdm_fast.eval.features import FeatureNetwork
 
 
@@ -150,3 +150,18 @@ def test_errors():
             function(good, good / 0)
     with pytest.raises(ValueError, match="1 generated and 4 reference"):
         compare(good[:1], good, MeanColour(), seed=0)
+
+
+def test_a_floor_is_taken_over_only_where_it_is_the_same(monkeypatch):
+    network, reference = MeanColour(), _images(60, 2)
+    first = compare(_images(20, 1), reference, network, seed=5)
+    calls = []
+    for name in ("frechet_distance", "kernel_distance"):
+        function = getattr(distances, name)
+        monkeypatch.setattr(distances, name, lambda *x, f=function: calls.append(1) or f(*x))
+    second = compare(_images(20, 3), reference, network, seed=5, floor=first)
+    assert len(calls) == 2 and (second.fd_floor, second.kid_floor) == (first.fd_floor, first.kid_floor)
+    assert second.fd != first.fd
+    for num_images, seed in ((21, 5), (20, 6)):
+        other = compare(_images(num_images, 1), reference, network, seed=seed, floor=first)
+        assert other == compare(_images(num_images, 1), reference, network, seed=seed)

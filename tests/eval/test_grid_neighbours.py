@@ -3,7 +3,8 @@ import pytest
 import torch
 from PIL import Image
 
-from maskdm_fast.eval import make_grid, nearest, save_grid
+from maskdm_fast import random
+from maskdm_fast.eval import Neighbours, copying, make_grid, nearest, neighbours_grid, real_nearest, save_grid
 
 
 def _solid(num_images, channels=3):
@@ -59,3 +60,45 @@ def test_nearest_errors():
         nearest(_solid(2), _solid(4), "pixels", k=5)
     with pytest.raises(ValueError, match="72 values each, the reference 24"):
         nearest(_solid(2), _solid(4, 1), "pixels", k=1)
+
+
+def _spread(num_rows, seed):
+    slots = torch.arange(num_rows)
+    return random.normal(6, seed=seed, stream=random.Stream.NOISE, step=0, slots=slots)
+
+
+def test_copying_tells_copies_from_new_images():
+    train = _spread(400, 1)
+    real = real_nearest(train, torch.arange(400)).distances[:, 0]
+
+    def hint(samples):
+        return copying(nearest(samples, train, None, k=1).distances[:, 0], real)
+
+    new = hint(_spread(300, 2))
+    assert new.closer == pytest.approx(0.5, abs=0.06) and new.near_copies < 0.03 and new.num_real == 400
+    copies = hint(train[:300] * 1.01)
+    assert copies.closer == 1.0 and copies.near_copies == 1.0
+    mixed = hint(torch.cat([train[:60], _spread(240, 2)]))  # a fifth is copied: the mean moves little, the share shows
+    assert mixed.closer == pytest.approx(0.6, abs=0.06) and mixed.near_copies == pytest.approx(0.2, abs=0.03)
+
+
+def test_copying_by_loops_with_ties():
+    samples, real = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 2.0, 0.5, 4.0, 3.0])
+    pairs = [(s < r) + 0.5 * (s == r) for s in samples.tolist() for r in real.tolist()]
+    assert copying(samples, real).closer == pytest.approx(sum(pairs) / 15)
+
+
+def test_real_nearest_passes_over_the_image_itself():
+    reference = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.0, 2.0]])
+    found = real_nearest(reference, torch.tensor([3, 0]))
+    assert found.indices.tolist() == [[2], [1]]
+    torch.testing.assert_close(found.distances, torch.tensor([[0.0], [1 - 1 / 1.01**0.5]]), atol=1e-6, rtol=0)
+
+
+def test_neighbours_grid_shows_the_nearest_first_and_mixes_grey_with_colour():
+    samples, reference = _solid(3, channels=1), _solid(5) + 100
+    found = Neighbours(torch.tensor([[4, 3], [0, 1], [2, 0]]), torch.tensor([[0.3, 0.4], [0.1, 0.2], [0.2, 0.5]]))
+    grid = neighbours_grid(samples, reference, found, num_rows=2)
+    assert grid.shape == (2 * 6 + 2, 3 * 8 + 2, 3)
+    cells = [[grid[2 + 6 * row, 2 + 8 * column].tolist() for column in range(3)] for row in range(2)]
+    assert cells == [[[1] * 3, [100] * 3, [101] * 3], [[2] * 3, [102] * 3, [100] * 3]]
