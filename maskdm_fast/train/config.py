@@ -10,6 +10,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from maskdm_fast.diffusion import LossWeight, NoiseSchedule, TimestepDraw, make_schedule
 from maskdm_fast.diffusion.masking import BlockMask, CropMask, Mask, NoMask, PatchMask
 from maskdm_fast.models import CONFIGS, UViTConfig
 from maskdm_fast.random import check_seed
@@ -55,10 +56,52 @@ def format_mask(mask: Mask) -> str:
 class DiffusionConfig:
     """The noise process and what the network predicts."""
 
-    schedule: Literal["linear", "cosine"] = "cosine"
-    """Noise schedule over 1000 time steps."""
-    prediction: Literal["eps", "x0", "v"] = "eps"
-    """What the network predicts: the noise, the clean image, or v = alpha * eps - sigma * x0."""
+    schedule: Literal["linear", "cosine", "shifted-cosine", "vp", "flow", "edm"] = "cosine"
+    """Noise schedule: linear and cosine over 1000 time steps, cosine shifted by the image size, or in continuous time
+    the VP-SDE, rectified flow, EDM."""
+    prediction: Literal["eps", "x0", "v", "flow", "edm"] = "eps"
+    """What the network predicts: the noise, the clean image, or v = alpha * eps - sigma * x0; flow (eps - x0) or x0
+    with schedule flow; edm (the preconditioned network) or x0 with schedule edm."""
+    loss_weight: Literal["none", "min-snr", "p2", "edm"] = "none"
+    """Weight of the loss by noise level; none: 1 on what the network predicts."""
+    min_snr_gamma: float = 5.0
+    """min-snr: the error of x0 counts min(snr, gamma)."""
+    p2_gamma: float = 1.0
+    """p2: the error of the noise counts 1 / (k + snr) ** gamma."""
+    p2_k: float = 1.0
+    """p2: see above."""
+    timesteps: Literal["uniform", "lognormal"] = "uniform"
+    """How training times are drawn: uniformly, or with ln(sigma/alpha) normally distributed."""
+    lognormal_mean: float = -1.2
+    """lognormal: mean of ln(sigma/alpha)."""
+    lognormal_std: float = 1.2
+    """lognormal: standard deviation of ln(sigma/alpha)."""
+    stratified: bool = False
+    """Spread the times of each batch evenly, which makes its loss less noisy."""
+
+    def noise_schedule(self, model: UViTConfig) -> NoiseSchedule:
+        """The schedule, for images of the size of `model`."""
+        return make_schedule(self.schedule, model.image_size)
+
+    def weight(self) -> LossWeight:
+        """The weight of the loss."""
+        return LossWeight(self.loss_weight, self.min_snr_gamma, self.p2_gamma, self.p2_k)
+
+    def draw(self, batch_size: int) -> TimestepDraw:
+        """The draw of training times for global batches of this size."""
+        num_strata = batch_size if self.stratified else None
+        return TimestepDraw(self.timesteps, self.lognormal_mean, self.lognormal_std, num_strata)
+
+    def validate(self, model: UViTConfig) -> None:
+        """Raise ValueError for the first value that cannot work, alone or with the others."""
+        predictions = self.noise_schedule(model).predictions
+        if self.prediction not in predictions:
+            raise ValueError(
+                f"prediction {self.prediction} does not go with schedule {self.schedule}; "
+                f"want --prediction {' or '.join(predictions)}"
+            )
+        self.weight()
+        self.draw(batch_size=1)
 
 
 @dataclass(frozen=True)
@@ -90,10 +133,14 @@ class DenoisingConfig:
     hflip: float = 0.0
     """Probability of mirroring an image left to right."""
     label_drop: float = 0.0
-    """Probability of training an image without its class; only for a model with num_classes > 0."""
+    """Probability of training an image without its class, which guidance needs; only with --class-conditional."""
+    class_balance: float = 0.0
+    """How evenly classes are shown: class c has a share ~ n_c ** (1 - class_balance), so 0 shows them as they are and
+    1 all equally often. The data set must have classes, the model need not."""
     init_from: str | None = None
-    """Start from the weights of this run or checkpoint folder, with a fresh optimizer and moving average. A relative
-    path is looked up beside the run folder first, then in the working directory."""
+    """Start from the weights of this run or checkpoint folder, with a fresh optimizer and moving average; or of a
+    checkpoint file of the official MaskDM or U-ViT code. Another image or patch size is made to fit. A relative path is
+    looked up beside the run folder first, then in the working directory."""
     init_weights: Literal["ema", "raw"] = "ema"
     """Which weights of `init_from`: the moving average, or the trained weights themselves."""
 
@@ -112,6 +159,11 @@ class DenoisingConfig:
         """Raise ValueError for the first value that cannot work with `model`."""
         side = model.image_size // model.patch_size
         self.mask.validate((side, side))
+        if model.final_conv and self.mask != NoMask():
+            raise ValueError(
+                f"mask is {format_mask(self.mask)}, but the model has a final convolution, which needs whole images; "
+                "pretrain with final_conv=False, and switch it on for the unmasked stage, which adds it as the identity"
+            )
         for name in ("batch_size", "lr", "ema_half_life_images"):
             _check(name, getattr(self, name), getattr(self, name) > 0, "more than 0")
         if self.num_images is None and self.max_seconds is None:
@@ -122,10 +174,8 @@ class DenoisingConfig:
         for name in ("warmup_images", "weight_decay"):
             _check(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
         _check("betas", self.betas, all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")
-        for name in ("hflip", "label_drop"):
-            _check(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "a probability, 0 to 1")
-        if self.label_drop and not model.num_classes:
-            raise ValueError(f"label_drop is {self.label_drop}, but the model has no classes; set num_classes")
+        for name in ("hflip", "label_drop", "class_balance"):
+            _check(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "a number from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -136,6 +186,11 @@ class MachineConfig:
     """auto (a GPU if there is one), cpu, cuda or cuda:INDEX."""
     micro_batch_size: int | None = None
     """Images per forward pass; the gradients of a batch are accumulated. None: the whole batch at once."""
+    activation_checkpointing: bool = False
+    """Keep only the inputs of the network's blocks for the backward pass and compute the rest again: a fraction of the
+    memory for about a third more arithmetic."""
+    compile: bool = False
+    """Compile the network's blocks with torch.compile; the first steps wait for the compiler."""
     cache_dir: str | None = None
     """Where packed data sets are kept; None: $XDG_CACHE_HOME/maskdm_fast, or ~/.cache/maskdm_fast."""
 
@@ -152,12 +207,26 @@ class OutputConfig:
     """How many of the newest checkpoints stay on disk."""
     preview_images: int = 0
     """Images in the grid that is sampled to samples/ after each checkpoint; 0: none."""
+    score_images: int = 0
+    """Score samples of the averaged weights each time this many more images are done, and at the end; 0: never. The
+    scores go to metrics.jsonl."""
+    score_num_images: int = 1_000
+    """How many images are sampled for a score; compare scores of one number only."""
+    score_steps: int = 50
+    """Steps of the DDIM sampler for a score."""
+    score_features: str = "lite0"
+    """Feature network of the scores: lite0, or the TorchScript file of the FID Inception."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where else metrics and previews go: tensorboard (the run folder's tensorboard/), wandb (as its environment
+    variables say: WANDB_PROJECT, WANDB_MODE=offline, ...)."""
 
     def validate(self) -> None:
         """Raise ValueError for the first value out of its range."""
-        for name in ("log_images", "checkpoint_images", "keep_checkpoints"):
+        for name in ("log_images", "checkpoint_images", "keep_checkpoints", "score_steps"):
             _check(name, getattr(self, name), getattr(self, name) > 0, "more than 0")
-        _check("preview_images", self.preview_images, self.preview_images >= 0, "at least 0")
+        for name in ("preview_images", "score_images"):
+            _check(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
+        _check("score_num_images", self.score_num_images, self.score_num_images >= 2, "at least 2")
 
 
 @dataclass(frozen=True)
@@ -165,7 +234,10 @@ class SharedConfig:
     """What the stages of a recipe have in common."""
 
     data: str = "emoji"
-    """Data set: emoji, or a folder of images (sub-folders are classes)."""
+    """Data set: emoji; a folder of images (sub-folders are classes); MNIST-style idx files (the folder, or the file of
+    images; --channels 1 keeps them grey); or a packed .store file."""
+    data_share: float = 1.0
+    """Train on this share of the images, more than 0 and at most 1; the same ones whatever the seed."""
     skip_bad: bool = False
     """Leave out image files that cannot be read (they are listed), instead of stopping."""
     seed: int = 0
@@ -173,6 +245,8 @@ class SharedConfig:
     seed + n - 1."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: matrix products in bfloat16 (autocast); weights, optimizer and loss stay float32."""
+    class_conditional: bool = False
+    """Tell the network the class of each image; --model.num-classes is then taken from the data set."""
     model: UViTConfig = CONFIGS["emoji32"]
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
@@ -188,10 +262,16 @@ class RunConfig(SharedConfig):
     def validate(self) -> None:
         """Raise ValueError for the first value that cannot work, before anything is read or written."""
         check_seed(self.seed)
+        self.diffusion.validate(self.model)
         self.stage.validate(self.model)
         self.output.validate()
         micro = self.machine.micro_batch_size
         _check("micro_batch_size", micro, micro is None or micro > 0, "more than 0, or None")
+        _check("data_share", self.data_share, 0 < self.data_share <= 1, "more than 0 and at most 1")
+        if self.stage.label_drop and not (self.class_conditional or self.model.num_classes):
+            raise ValueError(
+                f"label_drop is {self.stage.label_drop}, but the model has no classes; add --class-conditional"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON values; `from_dict` reads it back."""
@@ -238,7 +318,7 @@ MAY_CHANGE = ("stage.num_images", "stage.max_seconds", "machine", "output")
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Lines ``key: old value -> new value`` for the values that may not change between two `RunConfig.to_dict`
     results."""
-    old, new = _flatten(old), _flatten(new)
+    old, new = flatten(old), flatten(new)
     return [
         f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
         for key in sorted(old.keys() | new.keys())
@@ -251,10 +331,11 @@ def _check(name: str, value: Any, good: bool, want: str) -> None:
         raise ValueError(f"{name} is {value}, want {want}")
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with keys such as ``stage.lr``."""
     flat = {}
     for key, value in values.items():
-        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
     return flat
 
 

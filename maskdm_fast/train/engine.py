@@ -5,7 +5,7 @@ processes lies behind two small interfaces: `World` (who am I, which samples are
 its optimizer).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -116,14 +116,27 @@ class PlainEngine:
         settings: of the optimizer.
         world: the process; its `world_size` must be 1.
         precision: ``bf16`` runs the forward pass under bfloat16 autocast.
+        compiled: parts of `model` to compile, each for itself; names in its state dict stay as they are.
+
+    Raises:
+        RuntimeError: something is to be compiled, but no compiler works here.
     """
 
-    def __init__(self, model: nn.Module, settings: OptimizerSettings, *, world: World, precision: Precision) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: OptimizerSettings,
+        *,
+        world: World,
+        precision: Precision,
+        compiled: Iterable[nn.Module] = (),
+    ) -> None:
         if world.world_size != 1:
             raise ValueError(f"PlainEngine runs one process, but the world has {world.world_size}")
         self.device = world.device
         self.model = model.to(self.device)
         self._precision = precision
+        _compile(compiled, self.device)
         self._names = [name for name, _ in self.model.named_parameters()]
         self._optimizer = AdamWEMA(
             self.model.parameters(),
@@ -172,3 +185,21 @@ class PlainEngine:
             if index in state:
                 state[index]["ema"] = groups["ema"][name]
         self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": state})
+
+
+def _compile(modules: Iterable[nn.Module], device: torch.device) -> None:
+    """Compile each module's forward in place; equal modules share their code, so blocks compile once, not once each."""
+    modules = list(modules)
+    if not modules:
+        return
+    try:
+        # A missing compiler would show as an error deep inside the first step.
+        torch.compile(lambda x: x.sin() + 1.0)(torch.zeros(8, device=device))
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise RuntimeError(
+            f"torch.compile does not work on {device}: {reason}. Install a C++ compiler (g++; for a GPU also Triton), "
+            "or leave out --compile"
+        ) from error
+    for module in modules:
+        module.compile()

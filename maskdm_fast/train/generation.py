@@ -29,11 +29,12 @@ def generate(
     eta: float | None = None,
     seed: int = 0,
     first_slot: int = 0,
+    labels: Tensor | None = None,
     batch_size: int = 64,
     device: torch.device,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Sample images; a class-conditional model cycles through its classes.
+    """Sample images; a class-conditional model without `labels` cycles through its classes.
 
     Args:
         config: of the run.
@@ -48,7 +49,8 @@ def generate(
         ValueError: an argument is out of range.
     """
     model = config.model
-    labels = torch.arange(first_slot, first_slot + num_images) % model.num_classes if model.num_classes else None
+    if labels is None and model.num_classes:
+        labels = torch.arange(first_slot, first_slot + num_images) % model.num_classes
     return sample(
         make_denoiser(config, tensors, device),
         num_images=num_images,

@@ -6,16 +6,17 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 import maskdm_fast
 from maskdm_fast.ops import backend
+from maskdm_fast.train.trackers import Tracker
 
 METRICS_NAME = "metrics.jsonl"
 
@@ -100,13 +101,13 @@ class Stopwatch:
 
 class MetricsLog:
     """``metrics.jsonl``: a header per session (``"kind": "header"``), then one line per log interval (``"kind":
-    "log"``).
+    "log"``) and per score (``"kind": "score"``). Trackers get the same lines.
 
     Opening it at a step drops every line written after that step, and a last line that a crash tore, so that the
     curve of a resumed run has neither gaps nor duplicates.
     """
 
-    def __init__(self, folder: Path, step: int, header: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, step: int, header: dict[str, Any], trackers: Sequence[Tracker] = ()) -> None:
         self.path = folder / METRICS_NAME
         kept = [record for record in read_metrics(folder) if _belongs(record, step)]
         kept.append({"kind": "header", "step": step, **header})
@@ -117,19 +118,30 @@ class MetricsLog:
             os.fsync(file.fileno())
         os.replace(fresh, self.path)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        self._trackers = trackers
 
-    def write(self, record: dict[str, Any]) -> None:
-        """Append one ``"kind": "log"`` line."""
-        self._file.write(_line({"kind": "log", **record}))
+    def write(self, record: dict[str, Any], kind: Literal["log", "score"] = "log") -> None:
+        """Append one line."""
+        record = {"kind": kind, **record}
+        self._file.write(_line(record))
         self._file.flush()
+        for tracker in self._trackers:
+            tracker.log(record)
+
+    def image(self, path: Path, images: int) -> None:
+        """Show the trackers a PNG file that was drawn after `images` images."""
+        for tracker in self._trackers:
+            tracker.image(path, images)
 
     def sync(self) -> None:
         """Make all lines durable; called before a checkpoint, which must never be ahead of the curve."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file and the trackers."""
         self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def read_metrics(folder: Path | str) -> list[dict[str, Any]]:

@@ -2,17 +2,22 @@
 
 import json
 import os
+from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from maskdm_fast.data import ImageStore, open_dataset
+from maskdm_fast.models import is_official, load_official
 from maskdm_fast.train import checkpoint as checkpoints
 from maskdm_fast.train.config import Recipe, RunConfig, differences
 from maskdm_fast.train.engine import make_world
 from maskdm_fast.train.extras import require
+from maskdm_fast.train.scores import Scorer
 from maskdm_fast.train.signals import StopSignals
 from maskdm_fast.train.stages import build_stage
+from maskdm_fast.train.trackers import require_trackers
 from maskdm_fast.train.trainer import Trainer, TrainResult
 
 
@@ -37,9 +42,15 @@ def train(
     # What is missing must show now, not at the first checkpoint.
     for module in ("safetensors.torch", *(["PIL"] if config.output.preview_images else [])):
         require(module)
+    require_trackers(config.output.trackers)
     folder = Path(folder)
     world = make_world(config.machine.device)
     store = open_store(config)
+    config = fit_to_classes(config, store.class_names)
+    score = None
+    if config.output.score_images:
+        cache_dir = config.machine.cache_dir or default_cache_dir()
+        score = Scorer(config, store, cache_dir=cache_dir, device=world.device)
     make_folder(folder)
     with checkpoints.locked(folder), nullcontext(signals) if signals else StopSignals() as signals:
         _claim(folder, config)
@@ -47,7 +58,7 @@ def train(
         weights = None
         if checkpoint is None and config.stage.init_from is not None:
             weights = _initial_weights(config, folder)
-        trainer = Trainer(config, folder, build_stage(config, world, weights), store, world)
+        trainer = Trainer(config, folder, build_stage(config, world, weights), store, world, score)
         if checkpoint is not None:
             trainer.load(checkpoint)
         return trainer.run(signals, title=title or folder.name)
@@ -72,15 +83,31 @@ def train_recipe(recipe: Recipe, folder: Path | str) -> TrainResult:
 def open_store(config: RunConfig) -> ImageStore:
     """The run's data set, packed if it was not; ValueError if the model does not fit it."""
     cache_dir = config.machine.cache_dir or default_cache_dir()
-    store = open_dataset(config.data, config.model.image_size, cache_dir=cache_dir, skip_bad=config.skip_bad)
-    if store.channels != config.model.channels:
-        raise ValueError(f"the images have {store.channels} channels, the model takes {config.model.channels}")
+    model = config.model
+    store = open_dataset(
+        config.data, model.image_size, channels=model.channels, cache_dir=cache_dir, skip_bad=config.skip_bad
+    )
     classes = len(store.class_names)
     if config.model.num_classes not in (0, classes):
         raise ValueError(
             f"num_classes is {config.model.num_classes}, but the data set has {classes} classes; want 0 or {classes}"
         )
     return store
+
+
+def fit_to_classes(config: RunConfig, class_names: Sequence[str]) -> RunConfig:
+    """`config` with the model's ``num_classes`` taken from the data set, if the run is class-conditional.
+
+    Raises:
+        ValueError: classes are to be told apart or balanced, but the data set has none.
+    """
+    wishes = {"class_conditional": config.class_conditional, "class_balance": config.stage.class_balance}
+    asked = [f"{name} is {value}" for name, value in wishes.items() if value]
+    if asked and not class_names:
+        raise ValueError(f"{asked[0]}, but the data set {config.data!r} has no classes; sub-folders are classes")
+    if not config.class_conditional:
+        return config
+    return replace(config, model=replace(config.model, num_classes=len(class_names)))
 
 
 def default_cache_dir() -> Path:
@@ -91,9 +118,15 @@ def default_cache_dir() -> Path:
 def _initial_weights(config: RunConfig, folder: Path) -> checkpoints.Weights:
     """The weights that ``init_from`` names: looked up beside the run folder first, then from the working directory."""
     beside = folder.parent / config.stage.init_from
-    path = beside if beside.is_dir() else Path(config.stage.init_from)
+    path = beside if beside.exists() else Path(config.stage.init_from)
+    model, which = config.model, config.stage.init_weights
     try:
-        return checkpoints.load_weights(path, config.stage.init_weights)
+        if is_official(path):
+            found = load_official(path, which, num_heads=model.num_heads, num_classes=model.num_classes or None)
+            # Of another code's run nothing but the network is known, and nothing but that is asked.
+            config = replace(config, model=found.config)
+            return checkpoints.Weights(config, found.tensors, checkpoints.Checkpoint(path, {}), which)
+        return checkpoints.load_weights(path, which)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"nothing to start from: {error} (--init-from {config.stage.init_from})") from None
 

@@ -1,6 +1,6 @@
 """The training loop. It knows no stage: a stage turns batches into updates, the loop logs, saves and stops."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from maskdm_fast.data import DataOrder, ImageStore
+from maskdm_fast.eval import save_grid, subset_indices
 from maskdm_fast.train import checkpoint as checkpoints
 from maskdm_fast.train.config import RunConfig
 from maskdm_fast.train.engine import World
@@ -19,10 +20,14 @@ from maskdm_fast.train.metrics import (
     git_commit,
     machine,
     package_versions,
+    read_metrics,
 )
 from maskdm_fast.train.progress import Progress
 from maskdm_fast.train.signals import StopSignals
 from maskdm_fast.train.stages import Batch, Stage
+from maskdm_fast.train.trackers import open_trackers
+
+_FINISHED = ("num_images", "max_seconds")
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class TrainResult:
     @property
     def finished(self) -> bool:
         """Whether a stopping rule of the configuration was met, not a signal."""
-        return self.reason in ("num_images", "max_seconds")
+        return self.reason in _FINISHED
 
 
 class Trainer:
@@ -62,15 +67,31 @@ class Trainer:
         stage: freshly built.
         store: the images.
         world: the processes that train.
+        score: the scores of a stage by their names; None where ``score_images`` is 0.
     """
 
-    def __init__(self, config: RunConfig, folder: Path, stage: Stage, store: ImageStore, world: World) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: Path,
+        stage: Stage,
+        store: ImageStore,
+        world: World,
+        score: Callable[[Stage], dict[str, float | int]] | None = None,
+    ) -> None:
         self.config, self.folder, self.stage, self.store, self.world = config, folder, stage, store, world
         self.step = 0
+        self._score = score
         self._meter = Meter(world.device)
         self._seconds = 0.0
-        self._order = DataOrder(len(store), config.seed)
+        # Always by the seed 0: runs of other seeds, and the stages of a recipe, train on the same share.
+        count = max(1, round(config.data_share * len(store)))
+        self._chosen = subset_indices(len(store), count, seed=0).sort().values
+        self._order = DataOrder(
+            count, config.seed, labels=store.labels[self._chosen], class_balance=config.stage.class_balance
+        )
         self._saved: int | None = None
+        self._scored: int | None = None
         self._data = {"name": config.data, "num_images": len(store), "checksum": store.header.checksum}
 
     @property
@@ -104,7 +125,10 @@ class Trainer:
             "machine": {**machine(), "device": str(self.world.device)},
             "data": self._data,
         }
-        log = MetricsLog(self.folder, self.step, header)
+        trackers = open_trackers(self.config.output.trackers, self.folder, title, header["config"], self.images)
+        log = MetricsLog(self.folder, self.step, header, trackers)
+        scored = [record["step"] for record in read_metrics(self.folder) if record["kind"] == "score"]
+        self._scored = scored[-1] if scored else None
         progress = Progress(title, self.config.stage)
         self._stopwatch = Stopwatch(self._seconds)
         logged = (self.step, self._seconds)
@@ -113,6 +137,10 @@ class Trainer:
                 reason = self._stop_reason(signals)
                 if reason or self._due(self.config.output.checkpoint_images):
                     self._save(log, progress)
+                    # A signal that came meanwhile ends the run here: a score that is due would be lost one step later.
+                    reason = reason or signals.received
+                if self._score_due(reason):
+                    self._write_score(log, progress)
                 if reason:
                     return TrainResult(self.folder, self.step, self.images, self._stopwatch.seconds, reason)
                 values = self.stage.step(list(self._batches()), self.step)
@@ -141,10 +169,16 @@ class Trainer:
         """Whether the step just done was the last of an interval (rounded to whole steps)."""
         return self.step > 0 and self.step % max(1, round(interval_images / self.config.stage.batch_size)) == 0
 
+    def _score_due(self, reason: str | None) -> bool:
+        """At intervals and when the run is finished; a signal does not wait for it, the resumed run makes up for it."""
+        if self._score is None or self.step == 0 or self._scored == self.step:
+            return False
+        return self._due(self.config.output.score_images) if reason is None else reason in _FINISHED
+
     def _batches(self) -> Iterator[Batch]:
         """This process's micro-batches of the next step."""
         batch_size = self.config.stage.batch_size
-        indices = self._order.indices(self.images, batch_size)
+        indices = self._chosen[self._order.indices(self.images, batch_size)]
         for slots in self.world.slots(batch_size).split(self.config.machine.micro_batch_size or batch_size):
             images, labels = self.store.batch(indices[slots])
             yield Batch(*(_to_device(tensor, self.world.device) for tensor in (images, labels, slots)))
@@ -183,15 +217,26 @@ class Trainer:
             checkpoints.save(self.folder, self.stage.state_dict(), state, keep=keep)
             self._saved = self.step
             if self.config.output.preview_images:
-                self._preview(progress)
+                self._preview(log, progress)
 
-    def _preview(self, progress: Progress) -> None:
-        from maskdm_fast.eval.grid import save_grid
-
+    def _preview(self, log: MetricsLog, progress: Progress) -> None:
         path = self.folder / "samples" / f"step-{self.step:08d}.png"
         path.parent.mkdir(exist_ok=True)
         save_grid(self.stage.preview(self.config.output.preview_images), path)
+        log.image(path, self.images)
         progress.message(f"wrote {path}")
+
+    def _write_score(self, log: MetricsLog, progress: Progress) -> None:
+        self._meter.check()
+        with self._stopwatch.paused():
+            scores = self._score(self.stage)
+            seconds = round(self._stopwatch.seconds, 3)
+            log.write({"step": self.step, "images": self.images, "seconds": seconds, **scores}, kind="score")
+            self._scored = self.step
+            progress.message(
+                f"{self.images:,} images: "
+                + ", ".join(f"{name} {value:.4g}" for name, value in scores.items() if isinstance(value, float))
+            )
 
     def _advice(self) -> str:
         again = "Training is deterministic, so the same command would meet it again. Start a new run folder"

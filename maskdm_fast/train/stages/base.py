@@ -10,6 +10,9 @@ from maskdm_fast.train.checkpoint import Weights
 from maskdm_fast.train.config import RunConfig
 from maskdm_fast.train.engine import World
 
+PREVIEW_STEPS = 25
+"""Sampler steps of a preview, unless it is asked for more."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -64,8 +67,17 @@ class Stage(Protocol):
         """Learning rate used by the step that follows `step` finished ones."""
         ...
 
-    def preview(self, num_images: int) -> Tensor:
-        """Sample from the averaged weights: uint8 ``[num_images, h, w, C]`` on the CPU, always with the same noise."""
+    def preview(self, num_images: int, *, labels: Tensor | None = None, num_steps: int = PREVIEW_STEPS) -> Tensor:
+        """Sample from the averaged weights, always with the same noise.
+
+        Args:
+            num_images: how many.
+            labels: int64 ``[num_images]``, classes for a class-conditional network; None: all classes in turn.
+            num_steps: of the sampler.
+
+        Returns:
+            uint8 ``[num_images, h, w, C]`` on the CPU.
+        """
         ...
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:

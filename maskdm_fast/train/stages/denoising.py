@@ -1,19 +1,20 @@
 """Denoising on visible patches: pretraining with a mask; fine-tuning or training from scratch without one."""
 
+import sys
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from maskdm_fast.diffusion import MaskedObjective, make_schedule
-from maskdm_fast.models import UViT
+from maskdm_fast.diffusion import MaskedObjective
+from maskdm_fast.models import TRANSFERABLE, UViT, changed_fields, transfer
+from maskdm_fast.models.layers import Block
 from maskdm_fast.train.checkpoint import Weights
 from maskdm_fast.train.config import RunConfig
 from maskdm_fast.train.engine import Engine, OptimizerSettings, PlainEngine, World
 from maskdm_fast.train.generation import generate
-from maskdm_fast.train.stages.base import Batch
+from maskdm_fast.train.stages.base import PREVIEW_STEPS, Batch
 
-_PREVIEW_STEPS = 25
 _SHOWN = 10
 
 
@@ -31,13 +32,15 @@ class DenoisingStage:
         stage = config.stage
         self._config, self._engine = config, engine
         self._objective = MaskedObjective(
-            make_schedule(config.diffusion.schedule),
+            config.diffusion.noise_schedule(config.model),
             stage.mask,
             config.model.patch_size,
             prediction=config.diffusion.prediction,
             hflip=stage.hflip,
             label_drop=stage.label_drop,
             layout="bhwc",
+            timesteps=config.diffusion.draw(stage.batch_size),
+            weight=config.diffusion.weight(),
         )
 
     @classmethod
@@ -47,7 +50,16 @@ class DenoisingStage:
         model = UViT(config.model, seed=config.seed)
         if weights is not None:
             _load(model, weights)
-        return cls(config, PlainEngine(model, settings, world=world, precision=config.precision))
+        model.activation_checkpointing = config.machine.activation_checkpointing
+        blocks = [module for module in model.modules() if isinstance(module, Block)]
+        engine = PlainEngine(
+            model,
+            settings,
+            world=world,
+            precision=config.precision,
+            compiled=blocks if config.machine.compile else (),
+        )
+        return cls(config, engine)
 
     def step(self, batches: Sequence[Batch], step: int) -> dict[str, Tensor]:
         loss = torch.zeros((), device=self._engine.device)
@@ -66,13 +78,14 @@ class DenoisingStage:
     def lr(self, step: int) -> float:
         return self._config.stage.lr_at(step)
 
-    def preview(self, num_images: int) -> Tensor:
+    def preview(self, num_images: int, *, labels: Tensor | None = None, num_steps: int = PREVIEW_STEPS) -> Tensor:
         return generate(
             self._config,
             self._engine.state_dict()["ema"],
             num_images,
-            num_steps=_PREVIEW_STEPS,
+            num_steps=num_steps,
             seed=self._config.seed,
+            labels=labels,
             device=self._engine.device,
         )
 
@@ -83,14 +96,22 @@ class DenoisingStage:
         self._engine.load_state_dict(groups)
 
 
-def _load(model: nn.Module, weights: Weights) -> None:
-    """Load trained weights, or raise ValueError naming every tensor that does not fit."""
-    own = model.state_dict()
+def _load(model: UViT, weights: Weights) -> None:
+    """Load trained weights, resized to the model's image and patch size; or raise ValueError naming what does not
+    fit."""
+    own, tensors = model.state_dict(), weights.tensors
+    changed = changed_fields(weights.config.model, model.config)
+    if changed and changed.keys() <= TRANSFERABLE:
+        tensors = transfer(tensors, weights.config.model, model.config)
+        words = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in sorted(changed.items()))
+        print(f"the weights of {weights.checkpoint.path} were made to fit: {words}", file=sys.stderr, flush=True)
     problems = [
-        f"{name}: {_shape(weights.tensors.get(name))} there, {_shape(own.get(name))} here"
-        for name in sorted(own.keys() | weights.tensors.keys())
-        if _shape(own.get(name)) != _shape(weights.tensors.get(name))
+        f"{name}: {_shape(tensors.get(name))} there, {_shape(own.get(name))} here"
+        for name in sorted(own.keys() | tensors.keys())
+        if _shape(own.get(name)) != _shape(tensors.get(name))
     ]
+    if "num_heads" in changed:  # the one difference that no shape shows
+        problems.insert(0, "num_heads: {} there, {} here".format(*changed["num_heads"]))
     if problems:
         shown = "".join(f"\n  {problem}" for problem in problems[:_SHOWN])
         more = f"\n  ... and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
@@ -98,7 +119,7 @@ def _load(model: nn.Module, weights: Weights) -> None:
             f"the weights of {weights.checkpoint.path} do not fit this model:{shown}{more}\n"
             "Give both runs the same model options."
         )
-    model.load_state_dict(weights.tensors)
+    model.load_state_dict(tensors)
 
 
 def _shape(tensor: Tensor | None) -> str:
