@@ -1,0 +1,77 @@
+"""Weights handed from one run to another of a different size, or from the official codes."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from maskdm_fast.diffusion.masking import NoMask
+from maskdm_fast.models import UViT, UViTConfig, transfer
+from maskdm_fast.train import load_weights, train
+
+MODEL = UViTConfig(image_size=8, patch_size=2, dim=16, depth=3, num_heads=2)
+UNMASKED = {"mask": NoMask(), "num_images": 4, "lr": 1e-30}  # one step that moves nothing but zeros
+
+
+def assert_handed_over(run, expected):
+    found = load_weights(run, "raw").tensors
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0.0, atol=1e-29)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"image_size": 16}, "image_size 8 -> 16"),
+        ({"image_size": 16, "patch_size": 4}, "image_size 8 -> 16, patch_size 2 -> 4"),
+        ({"final_conv": True}, "final_conv False -> True"),
+    ],
+)
+def test_a_run_goes_on_at_another_size(make_config, tmp_path, capsys, changes, words):
+    train(make_config(num_images=8), tmp_path / "first")
+    larger = replace(MODEL, **changes)
+    train(make_config(model=larger, init_from="first", **UNMASKED), tmp_path / "second")
+    assert f"were made to fit: {words}\n" in capsys.readouterr().err
+    expected = transfer(load_weights(tmp_path / "first").tensors, MODEL, larger)
+    assert_handed_over(tmp_path / "second", expected)
+
+
+def test_other_differences_are_still_errors(make_config, tmp_path):
+    train(make_config(num_images=8), tmp_path / "first")
+    other_heads = replace(MODEL, image_size=16, num_heads=4)
+    with pytest.raises(ValueError, match="num_heads: 2 there, 4 here"):
+        train(make_config(model=other_heads, init_from="first"), tmp_path / "second")
+
+
+def test_a_mask_and_a_final_convolution_do_not_go_together(make_config, tmp_path):
+    with pytest.raises(ValueError, match=r"mask is patch:0\.5, but the model has a final convolution"):
+        train(make_config(model=replace(MODEL, final_conv=True)), tmp_path / "run")
+
+
+@pytest.mark.parametrize("final_conv", [False, True])
+def test_init_from_a_file_of_the_official_code(make_config, tmp_path, final_conv):
+    config = replace(MODEL, final_conv=final_conv)
+    ours = UViT(config, seed=3).state_dict()
+    official = {
+        "patch_embed.proj.weight": ours["patch_embed.weight"].view(16, 2, 2, 3).permute(0, 3, 1, 2).contiguous(),
+        "patch_embed.proj.bias": ours["patch_embed.bias"],
+        "pos_embed": ours["positions"][None],
+    }
+    for name, tensor in ours.items():
+        if name.endswith("skip.weight_x"):
+            joined = torch.cat([tensor, ours[name.replace("weight_x", "weight_skip")]], dim=1)
+            official[name.replace("skip.weight_x", "skip_linear.weight")] = joined
+        elif not name.startswith(("patch_embed.", "positions")) and not name.endswith("weight_skip"):
+            for old, new in (("attention.", "attn."), ("skip.", "skip_linear."), ("final_conv.", "final_layer.")):
+                name = name.replace(old, new)
+            official[f"decoder_pred.{name[5:]}" if name.startswith("head.") else name] = tensor
+    torch.save(official, tmp_path / "nnet_ema.pth")
+    train(make_config(model=config, init_from="nnet_ema.pth", **UNMASKED), tmp_path / "run")
+    assert_handed_over(tmp_path / "run", ours)
+
+
+def test_a_file_that_is_no_checkpoint(make_config, tmp_path):
+    (tmp_path / "notes.txt").write_text("weights")
+    with pytest.raises(ValueError, match=r"notes\.txt is no checkpoint"):
+        train(make_config(init_from="notes.txt"), tmp_path / "run")
