@@ -37,6 +37,8 @@ class Stream(enum.IntEnum):
     INIT = 8  # initial weights
     LABEL = 9  # class labels drawn for sampling
     SUBSET = 10  # which images stand for a data set in an evaluation
+    MASK_RATIO = 11  # the share of an image that is masked, where images differ
+    UNMASKED = 12  # which images of a masked batch stay whole
 
 
 def check_seed(seed: int) -> int:
