@@ -323,7 +323,7 @@ def test_table_figure_and_page(results, tmp_path, monkeypatch):
     assert "| whole images | 16 |  | 405 ± 7 | **305** ± 7 | 0.305 ± 0.007 |" in table.replace("**0.305**", "0.305")
     assert "| `patch:0.5` for 25% | 8 of 16 | **505** ± 7 | 360 ± 14 | 150 (1) | 0.150 (1) |" in table
     assert "| `patch:0.5` for 50% | 8 of 16 | **505** ± 7 | **355** ± 7 |  |  |" in table
-    assert "1.25 to 1.25 times as long" in table and "score 12 and 0.001 (8 against 16 others)" in table
+    assert "took 1.25 to 1.25 times as long" in table and "score 12 and 0.001 (8 against 16 others)" in table
     ttq_report.draw(result, tmp_path / "figure.png")
     with Image.open(tmp_path / "figure.png") as figure:
         assert figure.width > 300
