@@ -167,8 +167,8 @@ def _notes(result: Mapping[str, Any], num_seeds: int) -> str:
         f"against {settings['num_reference']} real images; real images in their place score {floor['fd']:.0f} and "
         f"{floor['kid']:.3f} ({floor['num_images']} against {floor['num_reference']} others). Seconds are those of "
         f"{calibration['jobs']} x {calibration['threads']} threads on {machine['cpu']} ({machine['isa']}) as "
-        f"calibrated: {speeds}. On the wall a run took {min(slowdowns):.2f} to {max(slowdowns):.2f} times as long, beside "
-        "whatever else the machine did, other runs included. "
+        f"calibrated: {speeds}. On the wall a run took {min(slowdowns):.2f} to {max(slowdowns):.2f} times as long, "
+        "beside whatever else the machine did, other runs included. "
         f"torch {result['versions']['torch']}, commit {str(result['commit'])[:9]}."
     )
 
