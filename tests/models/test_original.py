@@ -1,5 +1,7 @@
 """The original U-ViT's parts, its sizes, and activation checkpointing."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -139,3 +141,12 @@ def test_checkpointing_compiles_without_graph_breaks():
     model.activation_checkpointing = True
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*inputs), model(*inputs))
+
+
+def test_the_table_of_sizes_in_the_documents():
+    text = (Path(__file__).resolve().parents[2] / "docs" / "models.md").read_text("utf-8")
+    for name, config in CONFIGS.items():
+        with torch.device("meta"):
+            count = sum(parameter.numel() for parameter in UViT(config).parameters())
+        shape = (config.image_size, config.patch_size, config.dim, config.num_blocks, config.num_heads)
+        assert f"| `{name}` | {' | '.join(map(str, shape))} | {count:,} |" in text
