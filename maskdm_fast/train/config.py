@@ -11,45 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from maskdm_fast.diffusion import LossWeight, NoiseSchedule, TimestepDraw, make_schedule
-from maskdm_fast.diffusion.masking import BlockMask, CropMask, Mask, NoMask, PatchMask
+from maskdm_fast.diffusion.mask_schedule import MaskSchedule
+from maskdm_fast.diffusion.mask_text import format_mask, format_mask_schedule, parse_mask, parse_mask_schedule
+from maskdm_fast.diffusion.masking import Mask, NoMask
 from maskdm_fast.models import CONFIGS, UViTConfig
 from maskdm_fast.random import check_seed
-
-MASK_SYNTAX = "none|patch:RATIO|block:RATIO:SIDE|crop:SIDE"
-
-
-def parse_mask(text: str) -> Mask:
-    """Read a mask from its text form, for example ``patch:0.9``, ``block:0.9:4``, ``crop:5`` or ``none``.
-
-    RATIO is the share of patches masked, in [0, 1); SIDE the side in patches of a block, or of the window that is kept.
-
-    Raises:
-        ValueError: `text` is none of these.
-    """
-    kind, *values = text.split(":")
-    try:
-        if kind == "none" and not values:
-            return NoMask()
-        if kind == "patch" and len(values) == 1:
-            return PatchMask(float(values[0]))
-        if kind == "block" and len(values) == 2:
-            return BlockMask(float(values[0]), int(values[1]))
-        if kind == "crop" and len(values) == 1:
-            return CropMask(int(values[0]))
-    except ValueError as error:
-        raise ValueError(f"mask {text!r}: {error}; want {MASK_SYNTAX}") from None
-    raise ValueError(f"mask {text!r} is not understood; want {MASK_SYNTAX}, for example patch:0.9 or block:0.9:4")
-
-
-def format_mask(mask: Mask) -> str:
-    """The text form of `mask`, which `parse_mask` reads back."""
-    if isinstance(mask, PatchMask):
-        return f"patch:{mask.ratio}"
-    if isinstance(mask, BlockMask):
-        return f"block:{mask.ratio}:{mask.block_size}"
-    if isinstance(mask, CropMask):
-        return f"crop:{mask.size}"
-    return "none"
 
 
 @dataclass(frozen=True)
@@ -109,8 +75,13 @@ class DenoisingConfig:
     """One stage of denoising training: pretraining with a mask, or fine-tuning and training from scratch without."""
 
     mask: Mask = field(default_factory=NoMask)
-    """Which patches are hidden. RATIO: share of patches masked; SIDE: side of a block or of the kept window, in
-    patches."""
+    """Which patches are hidden. RATIO: share of patches masked, or LOW-HIGH, from which each image draws its own; SIDE:
+    side of a block or of the kept window, in patches."""
+    mask_schedule: MaskSchedule = field(default_factory=MaskSchedule)
+    """How RATIO goes on from that of the mask: RATIO@IMAGES is reached once so many images are done, in steps or on a
+    line or a cosine. linear:0@200000 ends unmasked; steps:0.5@100000,0@150000 takes two steps there."""
+    unmasked_share: float = 0.0
+    """Probability, for each image by itself, of training it whole in spite of the mask."""
     num_images: int | None = 1_000_000
     """Stop after this many training images (repeats of an image count); raise it to continue a finished run. None: no
     limit but --max-seconds."""
@@ -155,10 +126,15 @@ class DenoisingConfig:
             return self.lr
         return self.lr * min(1.0, (step + 1) * self.batch_size / self.warmup_images)
 
+    def mask_at(self, step: int) -> Mask:
+        """Mask of the optimizer step that follows `step` finished ones."""
+        return self.mask_schedule.mask_at(self.mask, step * self.batch_size)
+
     def validate(self, model: UViTConfig) -> None:
         """Raise ValueError for the first value that cannot work with `model`."""
         side = model.image_size // model.patch_size
         self.mask.validate((side, side))
+        self.mask_schedule.validate(self.mask)
         if model.final_conv and self.mask != NoMask():
             raise ValueError(
                 f"mask is {format_mask(self.mask)}, but the model has a final convolution, which needs whole images; "
@@ -174,8 +150,10 @@ class DenoisingConfig:
         for name in ("warmup_images", "weight_decay"):
             _check(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
         _check("betas", self.betas, all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")
-        for name in ("hflip", "label_drop", "class_balance"):
+        for name in ("hflip", "label_drop", "class_balance", "unmasked_share"):
             _check(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "a number from 0 to 1")
+        if self.unmasked_share and self.mask == NoMask():
+            raise ValueError(f"unmasked_share is {self.unmasked_share}, but all images are whole; set a mask")
 
 
 @dataclass(frozen=True)
@@ -342,6 +320,8 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _to_json(value: Any) -> Any:
     if isinstance(value, Mask):
         return format_mask(value)
+    if isinstance(value, MaskSchedule):
+        return format_mask_schedule(value)
     if dataclasses.is_dataclass(value):
         return {f.name: _to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
     return list(value) if isinstance(value, tuple) else value
@@ -350,6 +330,8 @@ def _to_json(value: Any) -> Any:
 def _from_json(kind: Any, value: Any) -> Any:
     if kind == Mask:
         return parse_mask(value)
+    if kind == MaskSchedule:
+        return parse_mask_schedule(value)
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         unknown = value.keys() - {f.name for f in dataclasses.fields(kind)}

@@ -41,6 +41,7 @@ class DenoisingStage:
             layout="bhwc",
             timesteps=config.diffusion.draw(stage.batch_size),
             weight=config.diffusion.weight(),
+            unmasked_share=stage.unmasked_share,
         )
 
     @classmethod
@@ -62,18 +63,26 @@ class DenoisingStage:
         return cls(config, engine)
 
     def step(self, batches: Sequence[Batch], step: int) -> dict[str, Tensor]:
-        loss = torch.zeros((), device=self._engine.device)
+        means = {name: torch.zeros((), device=self._engine.device) for name in ("loss", "mask_ratio")}
+        mask = self._config.stage.mask_at(step)
         for batch in batches:
             with self._engine.autocast():
                 labels = batch.labels if self._config.model.num_classes else None
                 out = self._objective(
-                    self._engine.model, batch.images, labels, seed=self._config.seed, step=step, slots=batch.slots
+                    self._engine.model,
+                    batch.images,
+                    labels,
+                    seed=self._config.seed,
+                    step=step,
+                    slots=batch.slots,
+                    mask=mask,
                 )
             # Each image weighs 1 / batch_size, so the split into micro-batches changes nothing but rounding.
-            share = out["loss"] * (len(batch.slots) / self._config.stage.batch_size)
-            self._engine.backward(share)
-            loss = loss + share.detach()
-        return {"loss": loss, "grad_norm": self._engine.step(self.lr(step))}
+            weight = len(batch.slots) / self._config.stage.batch_size
+            self._engine.backward(out["loss"] * weight)
+            for name in means:
+                means[name] += out[name].detach() * weight
+        return {**means, "grad_norm": self._engine.step(self.lr(step))}
 
     def lr(self, step: int) -> float:
         return self._config.stage.lr_at(step)
