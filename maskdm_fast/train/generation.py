@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from maskdm_fast.diffusion import Denoiser, make_schedule, sample
+from maskdm_fast.diffusion import Denoiser, sample
 from maskdm_fast.models import UViT
 from maskdm_fast.train.config import RunConfig
 
@@ -16,7 +16,7 @@ def make_denoiser(config: RunConfig, tensors: dict[str, Tensor], device: torch.d
         model = UViT(config.model)
     # assign keeps the tensors that were read, so the weights are in memory once; `.to` copies only if it must.
     model.load_state_dict({name: tensor.to(device) for name, tensor in tensors.items()}, assign=True)
-    return Denoiser(model, make_schedule(config.diffusion.schedule), config.diffusion.prediction)
+    return Denoiser(model, config.diffusion.noise_schedule(config.model), config.diffusion.prediction)
 
 
 def generate(
@@ -27,6 +27,8 @@ def generate(
     num_steps: int,
     sampler: str = "ddim",
     eta: float | None = None,
+    guidance: float = 1.0,
+    guidance_interval: tuple[float, float] | None = None,
     seed: int = 0,
     first_slot: int = 0,
     labels: Tensor | None = None,
@@ -46,7 +48,7 @@ def generate(
         uint8 ``[num_images, h, w, C]`` on the CPU.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range, or there is guidance but the model has no classes.
     """
     model = config.model
     if labels is None and model.num_classes:
@@ -60,6 +62,8 @@ def generate(
         sampler=sampler,
         num_steps=num_steps,
         eta=eta,
+        guidance=guidance,
+        guidance_interval=guidance_interval,
         seed=seed,
         first_slot=first_slot,
         labels=labels,

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from maskdm_fast.diffusion import to_eps, to_v, to_x0
+from maskdm_fast.diffusion import make_schedule, to_eps, to_v, to_x0
+from maskdm_fast.diffusion.prediction import PREDICTIONS, coefficients, x0_coefficients
 
 CONVERT = {"eps": to_eps, "x0": to_x0, "v": to_v}
 
@@ -41,5 +42,24 @@ def test_scales_follow_the_dtype_of_the_tokens(state):
 @pytest.mark.parametrize("convert", CONVERT.values())
 def test_unknown_prediction(state, convert):
     xt, alpha, sigma, _ = state
-    with pytest.raises(ValueError, match="unknown prediction 'score', want one of eps, x0, v"):
+    with pytest.raises(ValueError, match="unknown prediction 'score', want one of eps, x0, v, flow, edm"):
         convert(xt, xt, alpha, sigma, "score")
+
+
+@pytest.mark.parametrize("name", ["cosine", "vp", "flow", "edm"])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_every_prediction_is_linear_in_noise_and_image(name, prediction):
+    t = {"cosine": [1.0, 400.0, 900.0], "edm": [0.01, 1.0, 50.0]}.get(name, [0.01, 0.5, 0.95])
+    alpha, sigma = make_schedule(name).alpha_sigma(torch.tensor(t, dtype=torch.float64))
+    x0, eps = torch.randn(2, 3, 5, dtype=torch.float64)
+    xt = alpha[:, None] * x0 + sigma[:, None] * eps
+    a, b = (scale[:, None] for scale in coefficients(prediction, alpha, sigma))
+    pred = a * eps + b * x0
+    torch.testing.assert_close(to_x0(pred, xt, alpha, sigma, prediction), x0, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(to_eps(pred, xt, alpha, sigma, prediction), eps, rtol=1e-8, atol=1e-8)
+    # An error of pred is amplified by the factor that the docstring names.
+    factor = -sigma / (a * alpha[:, None] - b * sigma[:, None])[:, 0]
+    torch.testing.assert_close(x0_coefficients(prediction, alpha, sigma)[1], factor)
+    torch.testing.assert_close(
+        to_x0(pred + 0.1, xt, alpha, sigma, prediction), x0 + 0.1 * factor[:, None], rtol=1e-8, atol=1e-8
+    )

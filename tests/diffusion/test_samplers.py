@@ -1,92 +1,39 @@
-import itertools
-import math
-
 import pytest
 import torch
 
 from maskdm_fast import random
-from maskdm_fast.diffusion import (
-    Denoiser,
-    cosine_schedule,
-    ddim_transitions,
-    ddpm_transitions,
-    linear_schedule,
-    make_schedule,
-    sample,
-    sampling_times,
-    unpatchify,
-)
+from maskdm_fast.diffusion import Denoiser, cosine_schedule, linear_schedule, make_transitions, sample, unpatchify
+from maskdm_fast.diffusion.prediction import x0_coefficients
 from maskdm_fast.models import UViT, UViTConfig
 from maskdm_fast.random import Stream
+from tests.diffusion.gaussian import SCHEDULES, GaussianNetwork, chain
 
 SHAPE = {"image_size": 4, "channels": 1, "patch_size": 2}
-MEAN = torch.linspace(-0.6, 0.6, 16, dtype=torch.float64).view(4, 4)  # of each value of the tokens [N, P*P*C]
-STD = torch.linspace(0.1, 0.5, 16, dtype=torch.float64).view(4, 4)
-
-
-class GaussianNetwork:
-    """The exact denoiser of independent values N(MEAN, STD^2), as a network that predicts x0:
-
-    E[x0 | xt] = m + gain (xt - alpha m),    gain = alpha s^2 / (alpha^2 s^2 + sigma^2)
-    """
-
-    def __init__(self, schedule):
-        self.alpha_bar = schedule.alpha_bar
-
-    def gain(self, t):
-        a = self.alpha_bar[t]
-        return a.sqrt() * STD**2 / (a * STD**2 + 1 - a)
-
-    def __call__(self, tokens, t, ids_keep, labels):
-        assert ids_keep is None
-        t = t[0]
-        return (MEAN + self.gain(t) * (tokens - self.alpha_bar[t].sqrt() * MEAN)).float()
-
-
-def chain(schedule, transitions):
-    """What the sampler does to x_T under the exact denoiser: ``x = slope x_T + shift + N(0, var)``, in float64."""
-    network = GaussianNetwork(schedule)
-    slope, shift, var = torch.ones_like(MEAN), torch.zeros_like(MEAN), torch.zeros_like(MEAN)
-    for step in transitions:
-        gain = network.gain(step.t)
-        factor = step.c_x0 * gain + step.c_xt
-        shift = factor * shift + step.c_x0 * (1 - gain * schedule.alpha_bar[step.t].sqrt()) * MEAN
-        slope, var = factor * slope, factor**2 * var + step.std**2
-    return slope, shift, var
+ARGUMENTS = {"num_images": 3, **SHAPE, "num_steps": 10, "seed": 0, "batch_size": 8, "as_float": True, "clip": False}
 
 
 def to_images(tokens):
     return unpatchify(tokens, 2, 4, 4, 1).permute(0, 2, 3, 1)
 
 
-def generate(schedule, network=None, **changes):
-    arguments = {"num_images": 3, **SHAPE, "num_steps": 10, "seed": 0, "batch_size": 8, "as_float": True, "clip": False}
-    return sample(Denoiser(network or GaussianNetwork(schedule), schedule, "x0"), **(arguments | changes))
+def generate(schedule, network=lambda tokens, t, ids_keep, labels: 0.3 * tokens, **changes):
+    return sample(Denoiser(network, schedule, "x0"), **(ARGUMENTS | changes))
 
 
-@pytest.mark.parametrize("name", ["linear", "cosine"])
-@pytest.mark.parametrize("num_steps", [1, 2, 5, 50, 1000])
-def test_ddim_without_noise_is_the_analytic_map(name, num_steps):
-    schedule = make_schedule(name)
-    slope, shift, _ = chain(schedule, ddim_transitions(schedule, num_steps, 0.0))
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "heun", "dpmpp_2m"])
+def test_samplers_without_noise_are_their_analytic_map(name, sampler):
+    schedule = SCHEDULES[name]
     x_T = random.normal(16, seed=0, stream=Stream.GENERATOR_NOISE, step=0, slots=torch.arange(3)).view(3, 4, 4)
-    expected = to_images(slope * x_T + shift).float()
-    torch.testing.assert_close(generate(schedule, num_steps=num_steps), expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("name", ["linear", "cosine"])
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-def test_many_steps_transport_to_the_gaussian(name, eta):
-    """The chain of discrete steps ends in the data's distribution, up to an error of first order in the step width."""
-    schedule = make_schedule(name)
-    errors = []
-    for num_steps in (100, 1000):
-        slope, shift, var = chain(schedule, ddim_transitions(schedule, num_steps, eta))
-        errors.append(((slope**2 + var).sqrt() / STD - 1).abs().max())  # x_T is N(0, 1)
-        # What x_T misses of the mean, alpha_T m, can only shrink on the way.
-        assert (shift - MEAN).abs().max() < schedule.alpha_bar[-1].sqrt() * MEAN.abs().max()
-    assert errors[1] < 0.04
-    assert errors[1] < errors[0] / 5
+    for prediction in schedule.predictions:
+        denoiser = Denoiser(GaussianNetwork(name, prediction), schedule, prediction)
+        for num_steps in (1, 4, 20):
+            slope, shift, _ = chain(schedule, make_transitions(schedule, sampler, num_steps))
+            images = sample(denoiser, **(ARGUMENTS | {"sampler": sampler, "num_steps": num_steps}))
+            # The rounding of the network's output, amplified by up to 4e4 where it predicts eps.
+            scales = schedule.alpha_sigma(torch.tensor(schedule.sampling_times(1)))
+            tolerance = 1e-4 + 2.0**-22 * x0_coefficients(prediction, *scales)[1].abs().item()
+            torch.testing.assert_close(images, to_images(slope * x_T + shift).float(), rtol=0.0, atol=tolerance)
 
 
 @pytest.mark.parametrize(
@@ -97,76 +44,23 @@ def test_many_steps_transport_to_the_gaussian(name, eta):
         ("cosine", "ddim", 1.0, 2),
         ("linear", "ddpm", None, 100),
         ("cosine", "ddpm", None, 5),
+        ("flow", "ddpm", None, 10),
+        ("edm", "ddim", 0.7, 10),
     ],
 )
 def test_noisy_samplers_agree_in_distribution(name, sampler, eta, num_steps):
-    schedule, num = make_schedule(name), 4000
-    transitions = ddpm_transitions(schedule, num_steps) if eta is None else ddim_transitions(schedule, num_steps, eta)
-    slope, shift, var = chain(schedule, transitions)
+    schedule, num = SCHEDULES[name], 4000
+    slope, shift, var = chain(schedule, make_transitions(schedule, sampler, num_steps, eta))
     std = (slope**2 + var).sqrt()
     images = generate(
-        schedule, num_images=num, batch_size=num, sampler=sampler, eta=eta, num_steps=num_steps, seed=5
-    ).double()
+        schedule, GaussianNetwork(name), num_images=num, batch_size=num, sampler=sampler, eta=eta, num_steps=num_steps,
+        seed=5,
+    ).double()  # fmt: skip
     z = (images - to_images(shift[None])) / to_images(std[None])  # standard normal if all is right
     # Mean and std of n standard normal draws have standard errors 1/sqrt(n) and 1/sqrt(2n).
     assert z.mean(dim=0).abs().max() < 4.5 * num**-0.5
     assert (z.std(dim=0) - 1).abs().max() < 4.5 * (2 * num) ** -0.5
     assert (torch.corrcoef(z.flatten(1).T) - torch.eye(16)).abs().max() < 5 * num**-0.5
-
-
-@pytest.mark.parametrize("name", ["linear", "cosine"])
-@pytest.mark.parametrize("num_steps", [1, 2, 5, 50, 999, 1000])
-@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
-def test_transitions_keep_the_marginals(name, num_steps, eta):
-    """If x_t is N(sqrt(a) x0, 1 - a), then x_s is N(sqrt(b) x0, 1 - b): the defining property, for any step width."""
-    schedule = make_schedule(name)
-    alpha_bar = [*schedule.alpha_bar.tolist(), 1.0]
-    transitions = ddim_transitions(schedule, num_steps, eta)
-    assert len(transitions) == num_steps and transitions[0].t == 999
-    for step, s in zip(transitions, [step.t for step in transitions[1:]] + [-1], strict=True):
-        a, b = alpha_bar[step.t], alpha_bar[s]
-        assert step.c_x0 + step.c_xt * math.sqrt(a) == pytest.approx(math.sqrt(b), rel=1e-12)
-        assert step.c_xt**2 * (1 - a) + step.std**2 == pytest.approx(1 - b, rel=1e-9, abs=1e-15)
-        # The paper's form of the noise, and no noise for eta = 0.
-        assert step.std == pytest.approx(eta * math.sqrt((1 - b) / (1 - a)) * math.sqrt(1 - a / b), rel=1e-9)
-    assert (transitions[-1].c_x0, transitions[-1].c_xt, transitions[-1].std) == (1.0, 0.0, 0.0)
-
-
-@pytest.mark.parametrize("name", ["linear", "cosine"])
-@pytest.mark.parametrize("num_steps", [1, 5, 1000])
-def test_ddpm_is_ddim_with_all_the_noise(name, num_steps):
-    schedule = make_schedule(name)
-    for ddpm, ddim in zip(
-        ddpm_transitions(schedule, num_steps), ddim_transitions(schedule, num_steps, 1.0), strict=True
-    ):
-        assert ddpm.t == ddim.t
-        for field in ("c_x0", "c_xt", "std"):
-            assert getattr(ddpm, field) == pytest.approx(getattr(ddim, field), rel=1e-9, abs=1e-14)
-
-
-def test_one_step_of_ddpm_is_the_textbook_posterior():
-    schedule = linear_schedule()
-    beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
-    alpha_bar = torch.cumprod(1 - beta, 0)
-    for step in ddpm_transitions(schedule, 1000)[:-1]:
-        t = step.t
-        remaining = 1 - alpha_bar[t]
-        assert step.c_x0 == pytest.approx((alpha_bar[t - 1].sqrt() * beta[t] / remaining).item(), rel=1e-9)
-        assert step.c_xt == pytest.approx(((1 - beta[t]).sqrt() * (1 - alpha_bar[t - 1]) / remaining).item(), rel=1e-9)
-        assert step.std**2 == pytest.approx((beta[t] * (1 - alpha_bar[t - 1]) / remaining).item(), rel=1e-9)
-
-
-def test_sampling_times():
-    assert sampling_times(1000, 1) == [999, -1]
-    assert sampling_times(1000, 2) == [999, 499, -1]
-    assert sampling_times(1000, 1000) == list(range(999, -2, -1))
-    for num_steps in (3, 7, 250, 999):
-        times = sampling_times(1000, num_steps)
-        reference = torch.linspace(-1, 999, num_steps + 1, dtype=torch.float64).flip(0)
-        assert len(times) == num_steps + 1 and times[0] == 999 and times[-1] == -1
-        assert all(t > s for t, s in itertools.pairwise(times))
-        # Floating point may fall to either side of an integer; the integers here do not.
-        assert all(math.floor(r - 1e-9) <= t <= r + 1e-9 for t, r in zip(times, reference.tolist(), strict=True))
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
@@ -191,7 +85,7 @@ def test_clipping_re_derives_the_noise():
         return torch.full_like(tokens, 2.0)
 
     assert (generate(schedule, network, num_steps=num_steps, clip=True) == 1.0).all()
-    eps = (x_T - a.sqrt()) / (1 - a).sqrt()
+    eps = ((1 - a).sqrt() * x_T - a.sqrt()) / (1 - a).sqrt()
     torch.testing.assert_close(seen[1], (b.sqrt() + (1 - b).sqrt() * eps).float())
 
 
@@ -215,8 +109,18 @@ class TinyNetwork(UViT):
         return super().forward(tokens, t, ids_keep, labels)
 
 
-@pytest.mark.parametrize(("sampler", "eta"), [("ddim", 0.0), ("ddim", 1.0), ("ddpm", None)])
-def test_result_does_not_depend_on_the_batch_size(sampler, eta):
+@pytest.mark.parametrize(
+    ("sampler", "eta", "evaluations"),
+    [
+        ("ddim", 0.0, 4),
+        ("ddim", 1.0, 4),
+        ("ddpm", None, 4),
+        ("euler", None, 4),
+        ("dpmpp_2m", None, 4),
+        ("heun", None, 7),
+    ],
+)
+def test_result_does_not_depend_on_the_batch_size(sampler, eta, evaluations):
     model, labels = TinyNetwork(), torch.tensor([0, 1, 2, -1, 0, 1, 2])
     arguments = {"network": model, "num_steps": 4, "sampler": sampler, "eta": eta, "clip": True}
     whole = generate(cosine_schedule(), num_images=7, labels=labels, batch_size=7, **arguments)
@@ -225,7 +129,7 @@ def test_result_does_not_depend_on_the_batch_size(sampler, eta):
         model.calls.clear()
         images = generate(cosine_schedule(), num_images=7, labels=labels, batch_size=batch_size, **arguments)
         torch.testing.assert_close(images, whole, rtol=1e-4, atol=1e-5)
-        assert torch.equal(torch.cat([tokens for tokens, _, _ in model.calls[::4]]), first_input)
+        assert torch.equal(torch.cat([tokens for tokens, _, _ in model.calls[::evaluations]]), first_input)
     tail = generate(cosine_schedule(), num_images=3, labels=labels[4:], first_slot=4, **arguments)
     torch.testing.assert_close(tail, whole[4:], rtol=1e-4, atol=1e-5)
     other = generate(cosine_schedule(), num_images=7, labels=labels, seed=1, **arguments)
@@ -247,6 +151,64 @@ def test_progress_counts_evaluations():
     calls = []
     generate(linear_schedule(), num_images=5, batch_size=2, num_steps=3, progress=lambda *args: calls.append(args))
     assert calls == [(done, 9) for done in range(1, 10)]
+    calls.clear()
+    generate(
+        linear_schedule(), num_images=5, batch_size=3, num_steps=3, sampler="heun",
+        progress=lambda *args: calls.append(args),
+    )  # fmt: skip
+    assert calls == [(done, 10) for done in range(1, 11)]
+
+
+class GuidedNetwork:
+    """Says +0.5 for class 1, -0.25 for none; keeps how often it was asked."""
+
+    def __init__(self):
+        self.batches = []
+
+    def __call__(self, tokens, t, ids_keep, labels):
+        self.batches.append(len(tokens))
+        return torch.where(labels == 1, 0.5, -0.25)[:, None, None].expand_as(tokens)
+
+
+@pytest.mark.parametrize(("guidance", "value"), [(1.0, 0.5), (0.0, -0.25), (2.0, 1.25), (-1.0, -1.0)])
+def test_guidance(guidance, value):
+    model = GuidedNetwork()
+    images = generate(linear_schedule(), model, labels=torch.ones(3, dtype=torch.int64), guidance=guidance)
+    torch.testing.assert_close(images, torch.full_like(images, value))
+    assert model.batches == [3 if guidance == 1.0 else 6] * 10
+
+
+def test_guidance_on_an_interval_asks_twice_there_alone():
+    model, schedule = GuidedNetwork(), linear_schedule()
+    levels = (-0.5 * schedule.log_snr(torch.tensor(schedule.sampling_times(10)))).exp()
+    interval = (levels[6].item(), levels[3].item() * 1.001)
+    images = generate(
+        schedule, model, labels=torch.ones(3, dtype=torch.int64), guidance=3.0, guidance_interval=interval
+    )
+    assert model.batches == [3, 3, 3, 6, 6, 6, 6, 3, 3, 3]
+    torch.testing.assert_close(images, torch.full_like(images, 0.5))  # the last step is not guided
+    with pytest.raises(ValueError, match="guidance needs labels"):
+        generate(schedule, model, guidance=2.0)
+    with pytest.raises(ValueError, match=r"guidance interval is \(2.0, 1.0\), want 0 <= lowest < highest"):
+        generate(schedule, model, labels=torch.ones(3, dtype=torch.int64), guidance=2.0, guidance_interval=(2.0, 1.0))
+
+
+def test_time_tokens_are_made_once():
+    class Counting(TinyNetwork):
+        asked = 0
+
+        def time_tokens(self, t):
+            self.asked += 1
+            return super().time_tokens(t)
+
+    model = Counting()
+    labels = torch.tensor([0, 1, 2])
+    arguments = {"num_steps": 5, "batch_size": 2, "labels": labels, "guidance": 2.0}
+    ready = generate(cosine_schedule(), model, **arguments)
+    assert model.asked == 1
+    plain = generate(cosine_schedule(), lambda *args: model(*args), **arguments)
+    assert model.asked == 1 + 2 * 5
+    torch.testing.assert_close(ready, plain)
 
 
 def test_global_generator_plays_no_part():
@@ -270,7 +232,7 @@ def test_global_generator_plays_no_part():
         ({"num_steps": 1001}, "num_steps is 1001, want 1 to 1000"),
         ({"eta": 1.5}, "eta is 1.5, want 0"),
         ({"eta": -0.5}, "eta is -0.5"),
-        ({"sampler": "euler"}, "unknown sampler 'euler', want one of ddim, ddpm"),
+        ({"sampler": "plms"}, "unknown sampler 'plms', want one of ddim, ddpm"),
         ({"sampler": "ddpm", "eta": 1.0}, "sampler 'ddpm' has none; leave it None or choose 'ddim'"),
         ({"labels": torch.zeros(2, dtype=torch.int64)}, r"labels has shape \[2\], want \[3\]"),
         ({"first_slot": -1}, "first_slot is -1"),

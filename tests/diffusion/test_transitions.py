@@ -1,0 +1,159 @@
+import itertools
+import math
+
+import pytest
+import torch
+
+from maskdm_fast.diffusion import cosine_schedule, linear_schedule, make_transitions
+from maskdm_fast.diffusion.transitions import ddim_transitions, ddpm_transitions
+from tests.diffusion.gaussian import MEAN, SCHEDULES, STD, chain, exact
+
+ORDERS = {"ddim": 1, "euler": 1, "heun": 2, "dpmpp_2m": 2}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("sampler", ORDERS)
+def test_order_of_convergence(name, sampler):
+    """With twice the steps, the error to the exact ODE falls by 2 or 4."""
+    schedule, steps = SCHEDULES[name], (40, 80, 160, 320)
+    errors = []
+    for num_steps in steps:
+        transitions = make_transitions(schedule, sampler, num_steps)
+        slope, shift, _ = chain(schedule, transitions)
+        # First-order samplers end nearer to the clean image the more steps they make. The others always end at the
+        # least noise of the schedule, and what the last step from there neglects is not what this test measures.
+        end = 0 if ORDERS[sampler] == 1 and schedule.num_timesteps is None else transitions[-1].t
+        want_slope, want_shift = exact(schedule, transitions[0].t, max(end, 1e-9))
+        errors.append(max((slope - want_slope).abs().max(), (shift - want_shift).abs().max()).item())
+    # By least squares on the logarithms.
+    x, y = (torch.tensor(values, dtype=torch.float64).log() for values in (steps, errors))
+    order = -((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
+    assert order.item() == pytest.approx(ORDERS[sampler], abs=0.15), errors
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("sampler", ORDERS)
+def test_the_limit_is_the_law_of_the_data(name, sampler):
+    schedule = SCHEDULES[name]
+    slope, shift, _ = chain(schedule, make_transitions(schedule, sampler, 500))
+    # What the start misses of the mean, alpha m, shrinks on the way; the last step forgets less than 0.4 % of the STD.
+    assert (slope / STD - 1).abs().max() < (0.025 if ORDERS[sampler] == 1 else 0.004)
+    assert (shift - MEAN).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+def test_noisy_chains_converge_to_the_law_of_the_data(name, eta):
+    schedule, errors = SCHEDULES[name], []
+    for num_steps in (100, 1000):
+        slope, shift, var = chain(schedule, ddim_transitions(schedule, num_steps, eta))
+        errors.append(((slope**2 + var).sqrt() / STD - 1).abs().max())
+        assert (shift - MEAN).abs().max() < 0.01
+    assert errors[1] < 0.03
+    assert errors[1] < errors[0] / 5
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("num_steps", [1, 2, 5, 50, 999, 1000])
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_transitions_keep_the_marginals(name, num_steps, eta):
+    """If x_t is N(alpha_t x0, sigma_t^2), then x_s is N(alpha_s x0, sigma_s^2): it defines them, for any step width."""
+    schedule = SCHEDULES[name]
+    transitions = ddim_transitions(schedule, num_steps, eta)
+    assert len(transitions) == num_steps and [step.t for step in transitions] == schedule.sampling_times(num_steps)
+    times = torch.tensor([step.t for step in transitions], dtype=torch.float64)
+    scales = [*zip(*(scale.tolist() for scale in schedule.alpha_sigma(times)), strict=True), (1.0, 0.0)]
+    for step, (alpha, sigma), (next_alpha, next_sigma) in zip(transitions, scales[:-1], scales[1:], strict=True):
+        assert step.c_x0 + step.c_xt * alpha == pytest.approx(next_alpha, rel=1e-12)
+        assert step.c_xt**2 * sigma**2 + step.std**2 == pytest.approx(next_sigma**2, rel=1e-9, abs=1e-15)
+        # The paper's form of the noise, and no noise for eta = 0.
+        rest = max(0.0, 1 - (alpha * next_sigma / (next_alpha * sigma)) ** 2)
+        assert step.std == pytest.approx(eta * next_sigma * math.sqrt(rest), rel=1e-6)
+    assert (transitions[-1].c_x0, transitions[-1].c_xt, transitions[-1].std) == (1.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("sampler", ORDERS)
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 17])
+def test_a_known_image_is_reached(name, sampler, num_steps):
+    """If the denoiser knows x0, xt = alpha x0 + sigma z stays so at every step, and the last one ends at x0."""
+    schedule, x0, z = SCHEDULES[name], 0.7, -1.3
+    transitions = make_transitions(schedule, sampler, num_steps)
+    assert len(transitions) == (2 * num_steps - 1 if sampler == "heun" else num_steps)
+    times = torch.tensor([step.t for step in transitions], dtype=torch.float64)
+    assert all(t > s or (sampler == "heun" and t == s) for t, s in itertools.pairwise(times.tolist()))
+    scales = zip(*(scale.tolist() for scale in schedule.alpha_sigma(times)), strict=True)
+    x = None
+    for step, (alpha, sigma) in zip(transitions, scales, strict=True):
+        want = alpha * x0 + sigma * z
+        assert x is None or x == pytest.approx(want, rel=1e-9)
+        x = (step.c_x0 + step.c_last) * x0 + step.c_xt * want
+    assert x == pytest.approx(x0, rel=1e-12)
+
+
+def test_one_step_of_ddpm_is_the_textbook_posterior():
+    schedule = linear_schedule()
+    beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    alpha_bar = torch.cumprod(1 - beta, 0)
+    for step in ddpm_transitions(schedule, 1000)[:-1]:
+        t = step.t
+        remaining = 1 - alpha_bar[t]
+        assert step.c_x0 == pytest.approx((alpha_bar[t - 1].sqrt() * beta[t] / remaining).item(), rel=1e-9)
+        assert step.c_xt == pytest.approx(((1 - beta[t]).sqrt() * (1 - alpha_bar[t - 1]) / remaining).item(), rel=1e-9)
+        assert step.std**2 == pytest.approx((beta[t] * (1 - alpha_bar[t - 1]) / remaining).item(), rel=1e-9)
+
+
+def test_heun_is_the_algorithm_of_the_paper():
+    """On the EDM schedule, in the variables of the paper, with a denoiser that is not linear."""
+    schedule = SCHEDULES["edm"]
+    places = torch.linspace(0, 1, 6, dtype=torch.float64)
+    sigmas = [*((80 ** (1 / 7) + places * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7).tolist(), 0.0]
+
+    def denoise(x, sigma):
+        return math.tanh(x / (1 + sigma))
+
+    x = want = 55.0
+    for sigma, sigma_next in itertools.pairwise(sigmas):
+        d = (want - denoise(want, sigma)) / sigma
+        euler = want + (sigma_next - sigma) * d
+        if sigma_next:
+            d = (d + (euler - denoise(euler, sigma_next)) / sigma_next) / 2
+            euler = want + (sigma_next - sigma) * d
+        want = euler
+    transitions = make_transitions(schedule, "heun", 6)
+    state, last = x / math.hypot(80, 0.5), 0.0
+    for step in transitions:
+        x0 = denoise(state * math.hypot(step.t, 0.5), step.t)
+        state, last = step.c_x0 * x0 + step.c_xt * state + step.c_last * last, x0
+    assert state == pytest.approx(want, rel=1e-9)
+
+
+def test_euler_is_ddim_on_a_flow_and_follows_its_velocity():
+    schedule = SCHEDULES["flow"]
+    transitions = make_transitions(schedule, "euler", 4)
+    x, x0 = 0.3, -0.9
+    for step, ddim in zip(transitions, ddim_transitions(schedule, 4, 0.0), strict=True):
+        assert step.t == pytest.approx(ddim.t, rel=1e-12)
+        stepped = step.c_x0 * x0 + step.c_xt * x
+        assert stepped == pytest.approx(x - 0.25 * (x - x0) / step.t, rel=1e-9)  # v = eps - x0 = (x - x0) / t
+        x = stepped
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("ddim", 0), "num_steps is 0, want 1 to 1000"),
+        (("ddim", 1001), "num_steps is 1001, want 1 to 1000"),
+        (("heun", 0), "num_steps is 0, want at least 1"),
+        (("dpmpp_2m", -1), "num_steps is -1, want at least 1"),
+        (("euler", 0), "num_steps is 0, want at least 1"),
+        (("ddim", 5, 1.5), "eta is 1.5, want 0"),
+        (("ddim", 5, -0.5), "eta is -0.5"),
+        (("plms", 5), "unknown sampler 'plms', want one of ddim, ddpm, euler, heun, dpmpp_2m"),
+        (("ddpm", 5, 1.0), "sampler 'ddpm' has none; leave it None or choose 'ddim'"),
+        (("heun", 5, 0.0), "sampler 'heun' has none"),
+    ],
+)
+def test_errors(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_transitions(cosine_schedule(), *arguments)
