@@ -14,7 +14,6 @@ Source: Lei et al., "Masked Diffusion Models Are Fast Distribution Learners", ar
 """
 
 import dataclasses
-import math
 from typing import TypeAlias
 
 import torch
@@ -34,10 +33,6 @@ class _AnyMask:
     def varies(self) -> bool:
         """Whether images keep different numbers of patches, so that only `sample_packed` serves."""
         return False
-
-    def mean_visible(self, grid: Grid) -> float:
-        """Expected number of visible patches of an image."""
-        return float(self.num_visible(grid))
 
     def sample_packed(
         self, grid: Grid, *, seed: int, step: int | Tensor, slots: Tensor, whole: Tensor | None = None
@@ -116,15 +111,6 @@ class _RatioMask(_AnyMask):
         self.validate(grid)
         total, area = grid[0] * grid[1], self._side**2
         return total - int(self.ratio * total) // area * area
-
-    def mean_visible(self, grid: Grid) -> float:
-        """Expected number of visible patches of an image."""
-        if self.max_ratio is None:
-            return float(self.num_visible(grid))
-        self.validate(grid)
-        pieces = grid[0] * grid[1] // self._side**2
-        low, high = self.ratio * pieces, self.max_ratio * pieces
-        return self._side**2 * (pieces - (_floor_integral(high) - _floor_integral(low)) / (high - low))
 
     def sample(self, grid: Grid, *, seed: int, step: int | Tensor, slots: Tensor) -> Tensor | None:
         """``ids_keep [B, K]`` of the images at `slots`, None if all patches are visible; not for a range of ratios."""
@@ -274,12 +260,6 @@ def _smallest(num: int, keep: Tensor, **draw) -> Tensor:
     """bool ``[B, num]``, True for the ``keep[b] >= 1`` smallest of the words of slot b, ties by index."""
     keys = _keys(num, **draw)
     return keys <= keys.sort(dim=1).values.gather(1, keep[:, None] - 1)
-
-
-def _floor_integral(x: float) -> float:
-    """The integral of ``floor`` from 0 to x."""
-    whole = math.floor(x)
-    return whole * (whole - 1) / 2 + whole * (x - whole)
 
 
 def _window(side: int, columns: int, device: torch.device) -> Tensor:

@@ -41,7 +41,7 @@ def test_counts(mask, grid, count):
     assert ids_keep.shape == (3, count) and ids_keep.dtype == torch.int64
     assert (ids_keep.diff(dim=1) > 0).all()
     assert ids_keep.min() >= 0 and ids_keep.max() < grid[0] * grid[1]
-    assert mask.mean_visible(grid) == count and not mask.varies
+    assert not mask.varies
 
 
 @pytest.mark.parametrize(
@@ -156,16 +156,8 @@ def test_each_image_draws_its_own_ratio(mask):
     for slot in range(200):
         single = dataclasses.replace(mask, ratio=0.3 + 0.5 * u[slot], max_ratio=None)
         assert images[slot] == sample(single, grid, 1, seed=3, step=7, first=slot)[0].tolist()
-    counts = torch.tensor([float(len(ids)) for ids in images])
-    assert counts.max() <= mask.num_visible(grid)
-    assert abs(counts.mean() - mask.mean_visible(grid)) < 4 * counts.std() / 200**0.5
-
-
-def test_mean_of_a_range_is_exact():
-    mask, grid = PatchMask(0.25, 0.9), (3, 5)
-    ratios = 0.25 + 0.65 * (torch.arange(1_000_000, dtype=torch.float64) + 0.5) / 1_000_000
-    assert mask.mean_visible(grid) == pytest.approx((15 - (ratios * 15).floor()).mean().item(), abs=1e-5)
-    assert mask.num_visible(grid) == 12
+    counts = {len(ids) for ids in images}
+    assert len(counts) > 4 and max(counts) <= mask.num_visible(grid)
 
 
 def test_one_patch_is_visible_at_the_largest_draw(monkeypatch):
