@@ -16,7 +16,6 @@ utils.py. Names and shapes only.
 
 import dataclasses
 import math
-import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -105,7 +104,9 @@ def load_official(
     try:
         # Mapped files are read as far as they are used: of 16 bytes per parameter, 4.
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # bytes that are no pickle, or a damaged one, can fail anywhere inside the reader
         raise ValueError(f"{path} is no checkpoint that torch.load(weights_only=True) reads: {error}") from error
     try:
         return convert_official(data, which, num_heads=num_heads, num_classes=num_classes)

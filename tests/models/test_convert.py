@@ -285,6 +285,19 @@ def test_files_that_are_no_checkpoint(tmp_path):
         assert not is_official(missing)
 
 
+def test_damaged_files_are_named(save):
+    path = save(official_state("U-ViT"))
+    whole = path.read_bytes()
+    for end in (0, 3, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:end])
+        with pytest.raises(ValueError, match="is no checkpoint"):
+            load_official(path, num_heads=HEADS)
+    for first in (b"\x80\x02.", b"\xff\xfe\x00", b"q", b"{}"):
+        path.write_bytes(first)
+        with pytest.raises(ValueError, match="is no checkpoint"):
+            load_official(path, num_heads=HEADS)
+
+
 class Malice:
     def __reduce__(self):
         return print, ("code in a checkpoint ran",)
