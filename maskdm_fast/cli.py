@@ -100,14 +100,19 @@ def _train(arguments: list[str]) -> int:
     from maskdm_fast.train.progress import format_seconds
 
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(_train_usage(PRESETS), end="")
+        print(_train_usage(), end="")
         return 0 if arguments else 2
     name, *rest = arguments
     if name not in PRESETS:
         raise UsageError(
             f"unknown preset '{name}'; the nearest is '{_nearest(name, PRESETS)}' (see {PROGRAM} train --help)"
         )
-    config, out = _train_options(name, rest)
+    config, out, dry_run = _train_options(name, rest)
+    if dry_run:
+        from maskdm_fast.train.estimate import describe
+
+        print(describe(config))
+        return 0
     result = train_recipe(config, out) if isinstance(config, Recipe) else train(config, out)
     print(
         f"{result.folder}: {result.images:,} images in {format_seconds(result.seconds)} of training, "
@@ -116,8 +121,14 @@ def _train(arguments: list[str]) -> int:
     return 0
 
 
-def _train_usage(presets: dict[str, Callable[[], Any]]) -> str:
-    rows = "\n".join(f"  {name:<18}{function.__doc__.splitlines()[0]}" for name, function in presets.items())
+def _train_usage() -> str:
+    from maskdm_fast.train.presets import FAMILIES, PRESETS
+
+    names = {function: name for name, function in PRESETS.items()}
+    rows = "\n".join(
+        f"  {family}\n" + "\n".join(f"    {names[function]:<26}{function.__doc__}" for function in functions)
+        for family, functions in FAMILIES.items()
+    )
     return f"""\
 usage: {PROGRAM} train PRESET [OPTIONS]
 
@@ -131,13 +142,14 @@ examples:
   {PROGRAM} train emoji32-scratch --num-images 200000 --lr 5e-4 --out runs/scratch
   {PROGRAM} train small64 --data ~/pictures --pretrain.mask block:0.75:2 --micro-batch-size 64
   {PROGRAM} train emoji32-finetune --init-from runs/mine/1-pretrain --max-seconds 3600
+  {PROGRAM} train celebahq-base --dry-run
 
 {PROGRAM} train PRESET --help shows every option with its unit and its default in that preset.
 """
 
 
-def _train_options(preset: str, arguments: list[str]) -> "tuple[RunConfig | Recipe, Path]":
-    """The configuration of `preset` with the options of the command line, and the run folder."""
+def _train_options(preset: str, arguments: list[str]) -> "tuple[RunConfig | Recipe, Path, bool]":
+    """The configuration of `preset` with the options of the command line, the run folder, and whether to run dry."""
     from maskdm_fast.train.config import DenoisingConfig, Recipe, RunConfig, SharedConfig
     from maskdm_fast.train.extras import require
     from maskdm_fast.train.presets import PRESETS
@@ -149,8 +161,10 @@ def _train_options(preset: str, arguments: list[str]) -> "tuple[RunConfig | Reci
     # Options of a recipe's stages carry the stage's name (--pretrain.lr); where there is one stage they do not (--lr).
     stage_type = DenoisingConfig if isinstance(config, Recipe) else Annotated[DenoisingConfig, conf.OmitArgPrefixes]
     out_help = "Run folder. If it holds a run that was begun with the same options, that run goes on."
+    dry_run_help = "Print the configuration, its sizes and what it costs on this machine, and do nothing else."
     fields: list[tuple[str, Any, Any]] = [
         ("out", Annotated[str, conf.arg(help=out_help)], f"runs/{preset}"),
+        ("dry_run", Annotated[bool, conf.arg(help=dry_run_help), conf.FlagCreatePairsOff], False),
         ("shared", Annotated[SharedConfig, conf.OmitArgPrefixes], dataclasses.field(default_factory=lambda: shared)),
     ]
     for name, stage in stages.items():
@@ -164,7 +178,7 @@ def _train_options(preset: str, arguments: list[str]) -> "tuple[RunConfig | Reci
     else:
         config = RunConfig(**values, stage=options.stage)
     config.validate()
-    return config, Path(options.out)
+    return config, Path(options.out), options.dry_run
 
 
 def _sample(arguments: list[str]) -> int:
@@ -222,22 +236,32 @@ def _flags(kind: type, prefix: str = "", *, omit: bool = False) -> Iterator[str]
 
 
 def _registry(tyro: Any) -> Any:
-    """Teaches tyro the text form of masks."""
-    from maskdm_fast.train.config import MASK_SYNTAX, Mask, format_mask, parse_mask
+    """Teaches tyro the text forms of masks and their schedules."""
+    from maskdm_fast.diffusion import Mask, MaskSchedule, mask_text
 
+    forms = [
+        (Mask, mask_text.MASK_SYNTAX, mask_text.parse_mask, mask_text.format_mask),
+        (
+            MaskSchedule,
+            mask_text.MASK_SCHEDULE_SYNTAX,
+            mask_text.parse_mask_schedule,
+            mask_text.format_mask_schedule,
+        ),
+    ]
     registry = tyro.constructors.ConstructorRegistry()
 
     @registry.primitive_rule
-    def mask_rule(info: Any) -> Any:
-        if info.type != Mask:
-            return None
-        return tyro.constructors.PrimitiveConstructorSpec(
-            nargs=1,
-            metavar=MASK_SYNTAX,
-            instance_from_str=lambda words: parse_mask(words[0]),
-            is_instance=lambda value: isinstance(value, Mask),
-            str_from_instance=lambda mask: [format_mask(mask)],
-        )
+    def text_rule(info: Any) -> Any:
+        for kind, syntax, parse, text_of in forms:
+            if info.type == kind:
+                return tyro.constructors.PrimitiveConstructorSpec(
+                    nargs=1,
+                    metavar=syntax,
+                    instance_from_str=lambda words, parse=parse: parse(words[0]),
+                    is_instance=lambda value, kind=kind: isinstance(value, kind),
+                    str_from_instance=lambda value, text_of=text_of: [text_of(value)],
+                )
+        return None
 
     return registry
 

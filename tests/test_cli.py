@@ -78,6 +78,15 @@ def test_help_needs_no_torch():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60).returncode == 0
 
 
+def test_dry_run_explains_and_leaves_nothing(capsys, tmp_path):
+    assert run("train", "smoke", "--dry-run", "--device", "cpu", "--pretrain.mask", "patch:0.75", "--out", "run") == 0
+    text = capsys.readouterr().out
+    for word in ("1-pretrain", "2-finetune", "patch:0.75", "parameters", "4 of 16 patches", "masking gain", "images/s"):
+        assert word in text
+    assert list(tmp_path.iterdir()) == []
+    assert run("train", "smoke", "--dry-run", "--pretrain.batch-size", "0") == 2
+
+
 def test_train_help_lists_the_presets(capsys):
     assert run("train", "--help") == 0
     text = capsys.readouterr().out

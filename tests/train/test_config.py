@@ -3,10 +3,18 @@ from dataclasses import replace
 
 import pytest
 
+from maskdm_fast.diffusion import LossWeight, TimestepDraw
 from maskdm_fast.diffusion.masking import BlockMask, CropMask, NoMask, PatchMask
-from maskdm_fast.models import UViTConfig
+from maskdm_fast.models import CONFIGS, UViTConfig
 from maskdm_fast.train import PRESETS, Recipe, RunConfig
-from maskdm_fast.train.config import DenoisingConfig, MachineConfig, differences, format_mask, parse_mask
+from maskdm_fast.train.config import (
+    DenoisingConfig,
+    DiffusionConfig,
+    MachineConfig,
+    differences,
+    format_mask,
+    parse_mask,
+)
 
 
 def runs_of(name: str) -> list[RunConfig]:
@@ -24,6 +32,51 @@ def test_presets_are_valid_and_survive_json(name):
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_document_themselves_in_one_line(name):
     assert len(PRESETS[name].__doc__.splitlines()) == 1
+
+
+def test_maskdm_presets_have_the_settings_of_its_configuration_files():
+    """Rows of the published configuration files, one per kind of run."""
+    half_life = {0.999: 692.8, 0.9999: 6931.1}  # in steps: ln 0.5 / ln decay
+    rows = {
+        # name, stage: mask, batch, lr, warm-up steps, clip, EMA decay, schedule, hflip
+        ("small64", 0): ("block:0.9:4", 256, 2e-4, 0, None, 0.999, "linear", 0.0),
+        ("small64", 1): ("none", 128, 2e-4, 0, None, 0.999, "linear", 0.0),
+        ("celebahq-base", 0): ("block:0.9:4", 256, 2e-4, 0, 1.0, 0.999, "cosine", 0.0),
+        ("celebahq-base", 1): ("block:0.5:4", 64, 2e-4, 5000, 1.0, 0.999, "cosine", 0.0),
+        ("celebahq-base", 2): ("none", 32, 1e-5, 5000, 1.0, 0.999, "cosine", 0.0),
+        ("church256-base", 0): ("none", 64, 1e-4, 5000, 1.0, 0.9999, "linear", 0.5),
+        ("vggface2-small", 0): ("block:0.9:4", 256, 2e-4, 0, 1.0, 0.999, "cosine", 0.0),
+        ("celebahq-small", 0): ("block:0.9:4", 256, 2e-4, 0, 1.0, 0.999, "cosine", 0.0),
+        ("celebahq-small-10p", 0): ("none", 64, 5e-5, 0, None, 0.999, "cosine", 0.5),
+    }
+    for (name, number), (mask, batch, lr, warmup, clip, decay, schedule, hflip) in rows.items():
+        run = runs_of(name)[number]
+        stage = run.stage
+        found = (format_mask(stage.mask), stage.batch_size, stage.lr, stage.max_grad_norm, stage.hflip)
+        assert found == (mask, batch, lr, clip, hflip), name
+        assert (stage.warmup_images, stage.num_images) == (warmup * batch, 200_000 * batch), name
+        assert stage.ema_half_life_images == pytest.approx(half_life[decay] * batch, rel=1e-4), name
+        assert stage.ema_decay == pytest.approx(decay, abs=1e-7), name
+        assert (stage.betas, stage.weight_decay, run.diffusion.schedule) == ((0.99, 0.99), 0.03, schedule), name
+        assert run.diffusion.prediction == "eps", name
+    assert [run.data_share for name in ("celebahq-small-10p", "celebahq-small-1p") for run in runs_of(name)] == [
+        0.1,
+        0.01,
+    ]
+
+
+@pytest.mark.parametrize("mask", ["patch:0.1", "block:0.9:2", "block:0.5:4", "block:0.5:8", "crop:15", "crop:5"])
+def test_masks_of_the_ablations_suit_small64(mask):
+    run = PRESETS["small64-pretrain"]()
+    replace(run, stage=replace(run.stage, mask=parse_mask(mask))).validate()
+
+
+def test_single_stages_are_those_of_their_recipe():
+    for recipe, stage in (("emoji32", "finetune"), ("small64", "pretrain"), ("celebahq-base", "pretrain50")):
+        alone = PRESETS[f"{recipe}-{stage}"]()
+        whole = dict(PRESETS[recipe]().stages)[stage]
+        assert replace(alone.stage, init_from=None) == whole
+        assert alone.model == PRESETS[recipe]().model
 
 
 def test_recipe_chains_its_stages():
@@ -77,6 +130,45 @@ def test_bad_mask_text_says_what_is_wanted(text):
 def test_stage_validation_names_the_value(changes, message):
     with pytest.raises(ValueError, match=message):
         RunConfig(stage=replace(DenoisingConfig(), **changes)).validate()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schedule": "flow"}, "prediction eps does not go with schedule flow; want --prediction flow or x0"),
+        ({"schedule": "edm", "prediction": "v"}, "want --prediction edm or x0"),
+        ({"prediction": "edm"}, "want --prediction eps or x0 or v"),
+        ({"schedule": "quadratic"}, "unknown noise schedule 'quadratic'"),
+        ({"loss_weight": "snr"}, "unknown loss weight 'snr'"),
+        ({"min_snr_gamma": 0.0}, "min_snr_gamma is 0.0"),
+        ({"timesteps": "beta"}, "unknown timestep draw 'beta'"),
+        ({"lognormal_std": -1.0}, "std of the timestep draw is -1.0"),
+    ],
+)
+def test_diffusion_validation_names_the_value(changes, message):
+    with pytest.raises(ValueError, match=message):
+        RunConfig(diffusion=DiffusionConfig(**changes)).validate()
+
+
+def test_diffusion_config_says_what_the_objective_gets():
+    config = DiffusionConfig(
+        schedule="flow", prediction="flow", loss_weight="p2", p2_gamma=0.5, timesteps="lognormal", stratified=True
+    )
+    RunConfig(diffusion=config).validate()
+    assert config.weight() == LossWeight("p2", p2_gamma=0.5)
+    assert config.draw(64) == TimestepDraw("lognormal", -1.2, 1.2, num_strata=64)
+    assert DiffusionConfig().draw(64) == TimestepDraw()
+    sizes = [CONFIGS["small64"], CONFIGS["small256"]]
+    shifted, unshifted = (
+        DiffusionConfig("shifted-cosine").noise_schedule(model).alpha_bar[500] for model in sizes[::-1]
+    )
+    assert shifted < unshifted
+
+
+def test_runs_from_before_the_diffusion_options_are_the_same():
+    values = RunConfig().to_dict()
+    values["diffusion"] = {"schedule": "cosine", "prediction": "eps"}
+    assert differences(RunConfig.from_dict(values).to_dict(), RunConfig().to_dict()) == []
 
 
 def test_run_validation():

@@ -1,0 +1,50 @@
+"""Named recipes and runs. A preset is a function that returns a full configuration; command line options override it.
+
+Names: SIZE-pretrain, SIZE-finetune and SIZE-scratch are single runs; SIZE alone is the recipe pretrain, then finetune.
+A new preset is a function in the file of its family, and its name in `FAMILIES`.
+"""
+
+from collections.abc import Callable
+
+from maskdm_fast.train.config import Recipe, RunConfig
+from maskdm_fast.train.presets import celeba, emoji, photos256, smoke
+
+Preset = Callable[[], RunConfig | Recipe]
+
+FAMILIES: dict[str, tuple[Preset, ...]] = {
+    "emoji, on a CPU": (
+        emoji.emoji32,
+        emoji.emoji32_pretrain,
+        emoji.emoji32_finetune,
+        emoji.emoji32_scratch,
+        emoji.emoji32_classes,
+        emoji.emoji64,
+        emoji.emoji64_transfer,
+    ),
+    "photos at 64 and 128 px, as MaskDM on CelebA (give --data FOLDER)": (
+        celeba.small64,
+        celeba.small64_pretrain,
+        celeba.small64_finetune,
+        celeba.small64_scratch,
+        celeba.small128,
+        celeba.small128_transfer,
+    ),
+    "photos at 256 px, as MaskDM (give --data FOLDER)": (
+        photos256.celebahq_base,
+        photos256.celebahq_base_pretrain90,
+        photos256.celebahq_base_pretrain50,
+        photos256.celebahq_base_finetune,
+        photos256.church256_base,
+        photos256.vggface2_small,
+        photos256.celebahq_small,
+        photos256.celebahq_small_10p,
+        photos256.celebahq_small_1p,
+    ),
+    "to see that everything works": (smoke.smoke, smoke.smoke_pretrain),
+}
+"""Presets by what they are for, in the order of the help text."""
+
+PRESETS: dict[str, Preset] = {
+    function.__name__.replace("_", "-"): function for functions in FAMILIES.values() for function in functions
+}
+"""Presets by their name on the command line."""
