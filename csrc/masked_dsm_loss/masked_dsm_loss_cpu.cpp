@@ -47,53 +47,75 @@ struct Huber {
   }
 };
 
-template <class T, class Kind, bool WithGrad>
-void run_typed(const LossArgs& a, int64_t image_begin, int64_t image_end) {
+template <class T>
+struct Image {
+  int64_t count;  // of values
+  const T *pred, *target;
+};
+
+template <class T>
+Image<T> image_at(const LossArgs& a, int64_t b) {
+  const int64_t begin = segment_begin(a.segments, b) * a.width, end = segment_begin(a.segments, b + 1) * a.width;
+  return {end - begin, reinterpret_cast<const T*>(a.pred) + begin, reinterpret_cast<const T*>(a.target) + begin};
+}
+
+template <class A, class T>
+A difference(T pred, T target) {
+  return static_cast<A>(to_acc(pred)) - static_cast<A>(to_acc(target));
+}
+
+template <class T, class Kind>
+void value_typed(const LossArgs& a, int64_t image_begin, int64_t image_end) {
   using A = accumulate_t<T>;
   const A delta = static_cast<A>(a.delta);
   for (int64_t b = image_begin; b < image_end; ++b) {
-    const int64_t begin = segment_begin(a.segments, b) * a.width;
-    const int64_t count = segment_begin(a.segments, b + 1) * a.width - begin;
-    const T* pred = reinterpret_cast<const T*>(a.pred) + begin;
-    const T* target = reinterpret_cast<const T*>(a.target) + begin;
-    T* grad = WithGrad ? reinterpret_cast<T*>(a.grad) + begin : nullptr;
-    const A weight = a.weight != nullptr ? reinterpret_cast<const A*>(a.weight)[b] : A(1);
-    const A factor = count > 0 ? weight / static_cast<A>(count) : A(0);
+    const auto [count, pred, target] = image_at<T>(a, b);
     typename wider<T>::type sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < count; ++i) {
-      const A d = static_cast<A>(to_acc(pred[i])) - static_cast<A>(to_acc(target[i]));
-      sum += Kind::value(d, delta);
-      if constexpr (WithGrad) from_acc(factor * Kind::slope(d, delta), grad[i]);
-    }
-    reinterpret_cast<A*>(a.raw)[b] = count > 0 ? static_cast<A>(sum / count) : A(0);
+    for (int64_t i = 0; i < count; ++i) sum += Kind::value(difference<A>(pred[i], target[i]), delta);
+    a.raw[b] = count > 0 ? static_cast<double>(sum / count) : 0.0;
   }
 }
 
 template <class T, class Kind>
-void run_kind(const LossArgs& a, int64_t image_begin, int64_t image_end) {
-  if (a.grad != nullptr) {
-    run_typed<T, Kind, true>(a, image_begin, image_end);
-  } else {
-    run_typed<T, Kind, false>(a, image_begin, image_end);
+void gradient_typed(const LossArgs& a, int64_t image_begin, int64_t image_end) {
+  using A = accumulate_t<T>;
+  const A delta = static_cast<A>(a.delta);
+  for (int64_t b = image_begin; b < image_end; ++b) {
+    const auto [count, pred, target] = image_at<T>(a, b);
+    T* grad = reinterpret_cast<T*>(a.grad) + (pred - reinterpret_cast<const T*>(a.pred));
+    const A scale = static_cast<A>(a.scale[b]);
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) {
+      from_acc(scale * Kind::slope(difference<A>(pred[i], target[i]), delta), grad[i]);
+    }
   }
 }
 
-void run(const LossArgs& a, int64_t image_begin, int64_t image_end) {
+// Calls f with null pointers of the C++ type and of the kind.
+template <class F>
+void dispatch(const LossArgs& a, const F& f) {
   dispatch_floating(a.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
     if (a.kind == 0) {
-      run_kind<T, Mse>(a, image_begin, image_end);
+      f(type, static_cast<Mse*>(nullptr));
     } else if (a.kind == 1) {
-      run_kind<T, L1>(a, image_begin, image_end);
+      f(type, static_cast<L1*>(nullptr));
     } else {
-      run_kind<T, Huber>(a, image_begin, image_end);
+      f(type, static_cast<Huber*>(nullptr));
     }
   });
 }
 
+void value(const LossArgs& a, int64_t image_begin, int64_t image_end) {
+  dispatch(a, [&]<class T, class Kind>(T*, Kind*) { value_typed<T, Kind>(a, image_begin, image_end); });
+}
+
+void gradient(const LossArgs& a, int64_t image_begin, int64_t image_end) {
+  dispatch(a, [&]<class T, class Kind>(T*, Kind*) { gradient_typed<T, Kind>(a, image_begin, image_end); });
+}
+
 }  // namespace
 
-const MaskedDsmLossKernels masked_dsm_loss_kernels = {run};
+const MaskedDsmLossKernels masked_dsm_loss_kernels = {value, gradient};
 
 }  // namespace maskdm::MASKDM_ISA

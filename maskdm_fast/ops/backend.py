@@ -63,6 +63,13 @@ def _why_not(backend: str, device_type: str) -> str | None:
     return None
 
 
+# The automatic choice of every device: looking again at each call would cost as much as the checks of its arguments.
+_CHOICE = {
+    device_type: next((name for name in candidates if _why_not(name, device_type) is None), "reference")
+    for device_type, candidates in AUTOMATIC.items()
+}
+
+
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Run every op of the block on the backend `name`, in all threads of the process.
@@ -89,10 +96,7 @@ def choose(op: str, device: torch.device, backend: str | None) -> str:
     """
     named = backend or _named
     if named is None:
-        for candidate in AUTOMATIC.get(device.type, ()):
-            if _why_not(candidate, device.type) is None:
-                return candidate
-        return "reference"
+        return _CHOICE.get(device.type, "reference")
     if named not in BACKENDS:
         raise ValueError(f"{op}: backend is {named!r}, want one of {', '.join(BACKENDS)}")
     reason = _why_not(named, device.type)

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from maskdm_fast.ops import backend as backends
+from maskdm_fast.ops.autograd import once_differentiable
 from maskdm_fast.ops.checks import FLOATING, check_cu_seqlens, check_device, check_dtype, check_shape
 from maskdm_fast.ops.masked_attention import native_impl, reference
 

@@ -10,20 +10,33 @@ _KIND = {"mse": 0, "l1": 1, "huber": 2}
 
 if backend.has_native():
     _forward = torch.ops.maskdm_fast.masked_dsm_loss_fwd.default
+    _backward = torch.ops.maskdm_fast.masked_dsm_loss_bwd.default
 
     @torch.library.register_fake("maskdm_fast::masked_dsm_loss_fwd")
-    def _fake(
+    def _forward_fake(
         pred: Tensor,
         target: Tensor,
         weight: Tensor | None,
         cu_seqlens: Tensor | None,
         kind: int,
         delta: float,
-        with_grad: bool,
-    ) -> tuple[Tensor, Tensor]:
+        mean: bool,
+    ) -> Tensor:
         num_images = pred.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        raw = pred.new_empty(num_images, dtype=accumulate_dtype(pred.dtype))
-        return raw, torch.empty_like(pred) if with_grad else pred.new_empty(0)
+        return pred.new_empty(() if mean else (num_images,), dtype=accumulate_dtype(pred.dtype))
+
+    @torch.library.register_fake("maskdm_fast::masked_dsm_loss_bwd")
+    def _backward_fake(
+        grad_loss: Tensor,
+        pred: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        cu_seqlens: Tensor | None,
+        kind: int,
+        delta: float,
+        mean: bool,
+    ) -> Tensor:
+        return torch.empty_like(pred)
 
 
 def forward(
@@ -33,8 +46,19 @@ def forward(
     cu_seqlens: Tensor | None,
     kind: str,
     delta: float,
-    with_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    if weight is not None:
-        weight = weight.contiguous()
-    return _forward(pred.contiguous(), target.contiguous(), weight, cu_seqlens, _KIND[kind], delta, with_grad)
+    mean: bool,
+) -> Tensor:
+    return _forward(pred, target, weight, cu_seqlens, _KIND[kind], delta, mean)
+
+
+def backward(
+    grad_loss: Tensor,
+    pred: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    cu_seqlens: Tensor | None,
+    kind: str,
+    delta: float,
+    mean: bool,
+) -> Tensor:
+    return _backward(grad_loss, pred, target, weight, cu_seqlens, _KIND[kind], delta, mean)

@@ -1,12 +1,12 @@
-"""masked_dsm_loss: the denoising score-matching loss over visible tokens, with its gradient from the same pass."""
+"""masked_dsm_loss: the denoising score-matching loss over visible tokens."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from maskdm_fast.ops import backend as backends
+from maskdm_fast.ops.autograd import once_differentiable
 from maskdm_fast.ops.checks import (
     FLOATING,
     accumulate_dtype,
@@ -14,7 +14,6 @@ from maskdm_fast.ops.checks import (
     check_device,
     check_dtype,
     check_shape,
-    image_of_token,
 )
 from maskdm_fast.ops.masked_dsm_loss import native_impl, reference
 
@@ -26,10 +25,7 @@ _REDUCTIONS = ("mean", "none")
 
 
 class _Loss(torch.autograd.Function):
-    """weight[b] times the mean loss of image b, for every image or in the mean.
-
-    The mean is taken in here, so that the backward pass multiplies by one number instead of one per image.
-    """
+    """weight[b] times the mean loss of image b, for every image or in the mean."""
 
     @staticmethod
     def forward(
@@ -40,35 +36,29 @@ class _Loss(torch.autograd.Function):
         cu_seqlens: Tensor | None,
         kind: str,
         delta: float,
-        reduction: str,
+        mean: bool,
         backend: str,
     ) -> Tensor:
-        with_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        raw, grad = IMPL[backend].forward(pred, target, weight, cu_seqlens, kind, delta, with_grad)
-        ctx.save_for_backward(grad, raw, cu_seqlens)
-        ctx.reduction = reduction
-        if reduction == "mean":
-            return raw.mean() if weight is None else (weight * raw).mean()
-        return raw.clone() if weight is None else weight * raw
+        ctx.save_for_backward(pred, target, weight, cu_seqlens)
+        ctx.options = kind, delta, mean, backend
+        return IMPL[backend].forward(pred, target, weight, cu_seqlens, kind, delta, mean)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        grad, raw, cu_seqlens = ctx.saved_tensors
+        pred, target, weight, cu_seqlens = ctx.saved_tensors
+        kind, delta, mean, backend = ctx.options
+        to_pred, to_target, to_weight = ctx.needs_input_grad[:3]
         grad_pred = grad_target = grad_weight = None
-        factor = grad_loss / raw.shape[0] if ctx.reduction == "mean" else grad_loss
-        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            if ctx.reduction == "mean":
-                per_token = factor
-            elif cu_seqlens is None:
-                per_token = factor[:, None, None]
-            else:
-                per_token = factor[image_of_token(cu_seqlens, grad.shape[0])][:, None]
-            grad_pred = (grad * per_token).to(grad.dtype)
-            grad_target = -grad_pred if ctx.needs_input_grad[1] else None
-        if ctx.needs_input_grad[2]:
-            grad_weight = factor * raw
-        return grad_pred if ctx.needs_input_grad[0] else None, grad_target, grad_weight, None, None, None, None, None
+        if to_pred or to_target:
+            grad_pred = IMPL[backend].backward(grad_loss, pred, target, weight, cu_seqlens, kind, delta, mean)
+        if to_target:
+            grad_target = -grad_pred
+        if to_weight:
+            # Weights are seldom learned, so the losses of the images are computed again rather than kept.
+            grad_weight = grad_loss * IMPL[backend].forward(pred, target, None, cu_seqlens, kind, delta, False)
+            grad_weight = grad_weight / weight.shape[0] if mean else grad_weight
+        return grad_pred if to_pred else None, grad_target, grad_weight, None, None, None, None, None
 
 
 def masked_dsm_loss(
@@ -87,8 +77,8 @@ def masked_dsm_loss(
         loss[b] = weight[b] / (K D) sum_kd f(pred - target),    mean: 1/B sum_b loss[b]
         f(d) = d^2 (mse), |d| (l1), d^2 / 2 where |d| <= delta, else delta (|d| - delta / 2) (huber)
 
-    The forward pass writes the gradient to `pred`; the backward pass scales it. Sums are in float32 or better. In the
-    packed form an image without tokens has loss 0.
+    Forward and backward are one pass each over `pred` and `target`; nothing as large as them is kept in between. Sums
+    are in float64 or better. In the packed form an image without tokens has loss 0.
 
     Args:
         pred: ``[B, K, D]``, or packed ``[T, D]``; float32, float16, bfloat16 or float64.
@@ -127,7 +117,7 @@ def masked_dsm_loss(
         check_dtype(_OP, "weight", weight, FLOATING)
         check_device(_OP, "weight", weight, pred.device)
         check_shape(_OP, "weight", weight, num_images)
-        weight = weight.to(accumulate_dtype(pred.dtype))
+        weight = weight.to(accumulate_dtype(pred.dtype)).contiguous()
     if kind not in _KINDS:
         raise ValueError(f"{_OP}: kind is {kind!r}, want one of {', '.join(_KINDS)}")
     if reduction not in _REDUCTIONS:
@@ -135,4 +125,6 @@ def masked_dsm_loss(
     if not delta > 0:
         raise ValueError(f"{_OP}: delta is {delta}, want a positive number")
     chosen = backends.choose(_OP, pred.device, backend)
-    return _Loss.apply(pred, target, weight, cu_seqlens, kind, float(delta), reduction, chosen)
+    return _Loss.apply(
+        pred.contiguous(), target.contiguous(), weight, cu_seqlens, kind, float(delta), reduction == "mean", chosen
+    )

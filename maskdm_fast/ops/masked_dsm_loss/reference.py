@@ -13,27 +13,51 @@ def forward(
     cu_seqlens: Tensor | None,
     kind: str,
     delta: float,
-    with_grad: bool,
-) -> tuple[Tensor, Tensor]:
+    mean: bool,
+) -> Tensor:
     dtype = accumulate_dtype(pred.dtype)
     d = pred.to(dtype) - target.to(dtype)
     if kind == "mse":
-        value, slope = d.square(), 2.0 * d
+        value = d.square()
     elif kind == "l1":
-        value, slope = d.abs(), d.sign()
+        value = d.abs()
     else:
-        outside = d.abs() > delta
-        value = torch.where(outside, delta * (d.abs() - 0.5 * delta), 0.5 * d.square())
-        slope = torch.where(outside, delta * d.sign(), d)
+        value = torch.where(d.abs() > delta, delta * (d.abs() - 0.5 * delta), 0.5 * d.square())
     if cu_seqlens is None:
-        count = torch.full((pred.shape[0],), pred.shape[1] * pred.shape[2], dtype=dtype, device=pred.device)
         total = value.flatten(1).sum(1)
     else:
         check_segments("masked_dsm_loss", cu_seqlens, pred.shape[0])
-        count = cu_seqlens.diff().to(dtype) * pred.shape[1]
-        image = image_of_token(cu_seqlens, pred.shape[0])
-        total = torch.zeros_like(count).index_add(0, image, value.sum(1))
-    count = count.clamp(min=1.0)
-    factor = (1.0 if weight is None else weight) / count  # [B]
-    factor = factor[:, None, None] if cu_seqlens is None else factor[image][:, None]
-    return total / count, (factor * slope).to(pred.dtype) if with_grad else pred.new_empty(0)
+        total = value.new_zeros(cu_seqlens.shape[0] - 1)
+        total = total.index_add(0, image_of_token(cu_seqlens, pred.shape[0]), value.sum(1))
+    loss = total / _count(pred, cu_seqlens)
+    if weight is not None:
+        loss = weight * loss
+    return loss.mean() if mean else loss
+
+
+def backward(
+    grad_loss: Tensor,
+    pred: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    cu_seqlens: Tensor | None,
+    kind: str,
+    delta: float,
+    mean: bool,
+) -> Tensor:
+    dtype = accumulate_dtype(pred.dtype)
+    d = pred.to(dtype) - target.to(dtype)
+    slope = {"mse": 2.0 * d, "l1": d.sign(), "huber": torch.where(d.abs() > delta, delta * d.sign(), d)}[kind]
+    scale = grad_loss / _count(pred, cu_seqlens)  # [B]
+    scale = scale if weight is None else weight * scale
+    scale = scale / scale.shape[0] if mean else scale
+    scale = scale[:, None, None] if cu_seqlens is None else scale[image_of_token(cu_seqlens, pred.shape[0])][:, None]
+    return (scale * slope).to(pred.dtype)
+
+
+def _count(pred: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Values of each image, at least 1, in the accumulation dtype ``[B]``."""
+    dtype = accumulate_dtype(pred.dtype)
+    if cu_seqlens is None:
+        return torch.full((pred.shape[0],), pred.shape[1] * pred.shape[2], dtype=dtype, device=pred.device)
+    return (cu_seqlens.diff().to(dtype) * pred.shape[1]).clamp(min=1.0)
