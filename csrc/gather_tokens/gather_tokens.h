@@ -2,7 +2,7 @@
 // scatter: out[b, n] = x[t] where ids[t] == n, else base[b, n], or 0 without a base
 //
 // Rows are copied as bytes, so one kernel serves every dtype. Bytes moved: gather 2 T row; scatter (T + 2 B N) row, every
-// output row is written once.
+// output row is written once. The backward pass of scatter is both: gather to x, and to base scatter without x.
 #pragma once
 
 #include "common/isa.h"
@@ -25,7 +25,7 @@ struct ScatterArgs {
   int64_t num_tokens;
   int64_t row_bytes;
   const int64_t* ids;                          // [T], distinct within an image
-  const char* x;                               // [T, row]
+  const char* x;                               // [T, row], or null: zeros
   const char* base;                            // [B, N, row], or null
   int64_t base_image_bytes, base_token_bytes;  // strides of base
   char* out;                                   // [B, N, row]

@@ -25,7 +25,11 @@ void scatter(const ScatterArgs& a, int64_t* source, int64_t image_begin, int64_t
     const bool base_contiguous = a.base_token_bytes == a.row_bytes;
     for (int64_t n = 0; n < a.num_tokens;) {
       if (source[n] >= 0) {
-        std::memcpy(out + n * a.row_bytes, a.x + source[n] * a.row_bytes, a.row_bytes);
+        if (a.x != nullptr) {
+          std::memcpy(out + n * a.row_bytes, a.x + source[n] * a.row_bytes, a.row_bytes);
+        } else {
+          std::memset(out + n * a.row_bytes, 0, a.row_bytes);
+        }
         ++n;
         continue;
       }

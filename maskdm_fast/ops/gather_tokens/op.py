@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from maskdm_fast.ops import backend as backends
+from maskdm_fast.ops.autograd import once_differentiable
 from maskdm_fast.ops.checks import FLOATING, check_cu_seqlens, check_device, check_dtype, check_shape
 from maskdm_fast.ops.gather_tokens import native_impl, reference
 
@@ -46,13 +46,9 @@ class _Scatter(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         ids_keep, cu_seqlens = ctx.saved_tensors
-        impl = IMPL[ctx.backend]
-        grad_x = impl.gather(grad, ids_keep, cu_seqlens) if ctx.needs_input_grad[0] else None
-        grad_base = None
-        if ctx.needs_input_grad[2]:
-            nothing = grad.new_zeros(*ids_keep.shape, grad.shape[-1])
-            grad_base = impl.scatter(nothing, ids_keep, grad, cu_seqlens, grad.shape[1])
-        return grad_x, None, grad_base, None, None, None
+        to_x, _, to_base = ctx.needs_input_grad[:3]
+        grad_x, grad_base = IMPL[ctx.backend].split(grad, ids_keep, cu_seqlens, to_x, to_base)
+        return grad_x if to_x else None, None, grad_base if to_base else None, None, None, None
 
 
 def _check_ids_keep(

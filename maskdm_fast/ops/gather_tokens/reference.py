@@ -20,3 +20,14 @@ def scatter(x: Tensor, ids_keep: Tensor, base: Tensor | None, cu_seqlens: Tensor
     if cu_seqlens is None:
         return base.scatter(1, ids_keep[:, :, None].expand(-1, -1, x.shape[-1]), x)
     return base.index_put((image_of_token(cu_seqlens, ids_keep.shape[0]), ids_keep), x)
+
+
+def split(
+    grad: Tensor, ids_keep: Tensor, cu_seqlens: Tensor | None, to_x: bool, to_base: bool
+) -> tuple[Tensor, Tensor]:
+    nothing = grad.new_empty(0)
+    grad_x = gather(grad, ids_keep, cu_seqlens) if to_x else nothing
+    if not to_base:
+        return grad_x, nothing
+    zeros = grad.new_zeros(*ids_keep.shape, grad.shape[2])
+    return grad_x, scatter(zeros, ids_keep, grad, cu_seqlens, grad.shape[1])
