@@ -132,6 +132,7 @@ def test_help_of_a_preset_shows_options_and_defaults(preset, words, capsys):
         (["info", "--jsn"], "unknown option '--jsn'; the nearest is '--json'"),
         (["train", "smoke-pretrain", "--batch-size", "0"], "batch_size is 0, want more than 0"),
         (["train", "smoke-pretrain", "--mask", "block:0.5:3"], "block_size 3 does not divide the grid"),
+        (["train", "smoke-pretrain", "--mask", "crop:2", "--mask-schedule", "linear:0@9"], "is CropMask(size=2)"),
         (["train", "smoke-pretrain", "--data", "nowhere"], "nowhere"),
         (["train", "smoke-pretrain", "--device", "cuda:99"], "device 'cuda:99' is not there"),
         (["train", "emoji32-finetune"], "nothing to start from: no such run or checkpoint folder: emoji32-pretrain"),
@@ -156,6 +157,7 @@ def test_errors_are_one_line_and_exit_2(arguments, message, capsys, images):
     [
         (["train", "smoke-pretrain", "--lr", "fast"], ["--lr", "fast"]),
         (["train", "smoke-pretrain", "--mask", "patch:2"], ["--mask", "ratio is 2.0"]),
+        (["train", "smoke-pretrain", "--mask-schedule", "ramp:0@9"], ["--mask-schedule", "kind is 'ramp'"]),
         (["train", "smoke-pretrain", "--dim", "33"], ["dim 33 is not a multiple of"]),
         (["train", "smoke-pretrain", "--precision", "fp8"], ["--precision", "fp32"]),
         (["sample"], ["RUN"]),
