@@ -2,11 +2,19 @@ import pytest
 import torch
 
 from maskdm_fast import random
-from maskdm_fast.diffusion import Denoiser, cosine_schedule, linear_schedule, make_transitions, sample, unpatchify
+from maskdm_fast.diffusion import (
+    Denoiser,
+    cosine_schedule,
+    linear_schedule,
+    make_schedule,
+    make_transitions,
+    sample,
+    unpatchify,
+)
 from maskdm_fast.diffusion.prediction import x0_coefficients
+from maskdm_fast.diffusion.schedule import SCHEDULES
 from maskdm_fast.models import UViT, UViTConfig
 from maskdm_fast.random import Stream
-from tests.diffusion.gaussian import SCHEDULES, GaussianNetwork, chain
 
 SHAPE = {"image_size": 4, "channels": 1, "patch_size": 2}
 ARGUMENTS = {"num_images": 3, **SHAPE, "num_steps": 10, "seed": 0, "batch_size": 8, "as_float": True, "clip": False}
@@ -22,13 +30,13 @@ def generate(schedule, network=lambda tokens, t, ids_keep, labels: 0.3 * tokens,
 
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "heun", "dpmpp_2m"])
-def test_samplers_without_noise_are_their_analytic_map(name, sampler):
-    schedule = SCHEDULES[name]
+def test_samplers_without_noise_are_their_analytic_map(gaussian, name, sampler):
+    schedule = make_schedule(name, 128)
     x_T = random.normal(16, seed=0, stream=Stream.GENERATOR_NOISE, step=0, slots=torch.arange(3)).view(3, 4, 4)
     for prediction in schedule.predictions:
-        denoiser = Denoiser(GaussianNetwork(name, prediction), schedule, prediction)
+        denoiser = Denoiser(gaussian.Network(name, prediction), schedule, prediction)
         for num_steps in (1, 4, 20):
-            slope, shift, _ = chain(schedule, make_transitions(schedule, sampler, num_steps))
+            slope, shift, _ = gaussian.chain(schedule, make_transitions(schedule, sampler, num_steps))
             images = sample(denoiser, **(ARGUMENTS | {"sampler": sampler, "num_steps": num_steps}))
             # The rounding of the network's output, amplified by up to 4e4 where it predicts eps.
             scales = schedule.alpha_sigma(torch.tensor(schedule.sampling_times(1)))
@@ -48,12 +56,12 @@ def test_samplers_without_noise_are_their_analytic_map(name, sampler):
         ("edm", "ddim", 0.7, 10),
     ],
 )
-def test_noisy_samplers_agree_in_distribution(name, sampler, eta, num_steps):
-    schedule, num = SCHEDULES[name], 4000
-    slope, shift, var = chain(schedule, make_transitions(schedule, sampler, num_steps, eta))
+def test_noisy_samplers_agree_in_distribution(gaussian, name, sampler, eta, num_steps):
+    schedule, num = make_schedule(name, 128), 4000
+    slope, shift, var = gaussian.chain(schedule, make_transitions(schedule, sampler, num_steps, eta))
     std = (slope**2 + var).sqrt()
     images = generate(
-        schedule, GaussianNetwork(name), num_images=num, batch_size=num, sampler=sampler, eta=eta, num_steps=num_steps,
+        schedule, gaussian.Network(name), num_images=num, batch_size=num, sampler=sampler, eta=eta, num_steps=num_steps,
         seed=5,
     ).double()  # fmt: skip
     z = (images - to_images(shift[None])) / to_images(std[None])  # standard normal if all is right

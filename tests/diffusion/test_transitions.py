@@ -4,26 +4,26 @@ import math
 import pytest
 import torch
 
-from maskdm_fast.diffusion import cosine_schedule, linear_schedule, make_transitions
+from maskdm_fast.diffusion import cosine_schedule, linear_schedule, make_schedule, make_transitions
+from maskdm_fast.diffusion.schedule import SCHEDULES
 from maskdm_fast.diffusion.transitions import ddim_transitions, ddpm_transitions
-from tests.diffusion.gaussian import MEAN, SCHEDULES, STD, chain, exact
 
 ORDERS = {"ddim": 1, "euler": 1, "heun": 2, "dpmpp_2m": 2}
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("sampler", ORDERS)
-def test_order_of_convergence(name, sampler):
+def test_order_of_convergence(gaussian, name, sampler):
     """With twice the steps, the error to the exact ODE falls by 2 or 4."""
-    schedule, steps = SCHEDULES[name], (40, 80, 160, 320)
+    schedule, steps = make_schedule(name, 128), (40, 80, 160, 320)
     errors = []
     for num_steps in steps:
         transitions = make_transitions(schedule, sampler, num_steps)
-        slope, shift, _ = chain(schedule, transitions)
+        slope, shift, _ = gaussian.chain(schedule, transitions)
         # First-order samplers end nearer to the clean image the more steps they make. The others always end at the
         # least noise of the schedule, and what the last step from there neglects is not what this test measures.
         end = 0 if ORDERS[sampler] == 1 and schedule.num_timesteps is None else transitions[-1].t
-        want_slope, want_shift = exact(schedule, transitions[0].t, max(end, 1e-9))
+        want_slope, want_shift = gaussian.exact(schedule, transitions[0].t, max(end, 1e-9))
         errors.append(max((slope - want_slope).abs().max(), (shift - want_shift).abs().max()).item())
     # By least squares on the logarithms.
     x, y = (torch.tensor(values, dtype=torch.float64).log() for values in (steps, errors))
@@ -33,22 +33,22 @@ def test_order_of_convergence(name, sampler):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("sampler", ORDERS)
-def test_the_limit_is_the_law_of_the_data(name, sampler):
-    schedule = SCHEDULES[name]
-    slope, shift, _ = chain(schedule, make_transitions(schedule, sampler, 500))
+def test_the_limit_is_the_law_of_the_data(gaussian, name, sampler):
+    schedule = make_schedule(name, 128)
+    slope, shift, _ = gaussian.chain(schedule, make_transitions(schedule, sampler, 500))
     # What the start misses of the mean, alpha m, shrinks on the way; the last step forgets less than 0.4 % of the STD.
-    assert (slope / STD - 1).abs().max() < (0.025 if ORDERS[sampler] == 1 else 0.004)
-    assert (shift - MEAN).abs().max() < 0.01
+    assert (slope / gaussian.std - 1).abs().max() < (0.025 if ORDERS[sampler] == 1 else 0.004)
+    assert (shift - gaussian.mean).abs().max() < 0.01
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("eta", [0.5, 1.0])
-def test_noisy_chains_converge_to_the_law_of_the_data(name, eta):
-    schedule, errors = SCHEDULES[name], []
+def test_noisy_chains_converge_to_the_law_of_the_data(gaussian, name, eta):
+    schedule, errors = make_schedule(name, 128), []
     for num_steps in (100, 1000):
-        slope, shift, var = chain(schedule, ddim_transitions(schedule, num_steps, eta))
-        errors.append(((slope**2 + var).sqrt() / STD - 1).abs().max())
-        assert (shift - MEAN).abs().max() < 0.01
+        slope, shift, var = gaussian.chain(schedule, ddim_transitions(schedule, num_steps, eta))
+        errors.append(((slope**2 + var).sqrt() / gaussian.std - 1).abs().max())
+        assert (shift - gaussian.mean).abs().max() < 0.01
     assert errors[1] < 0.03
     assert errors[1] < errors[0] / 5
 
@@ -58,7 +58,7 @@ def test_noisy_chains_converge_to_the_law_of_the_data(name, eta):
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 def test_transitions_keep_the_marginals(name, num_steps, eta):
     """If x_t is N(alpha_t x0, sigma_t^2), then x_s is N(alpha_s x0, sigma_s^2): it defines them, for any step width."""
-    schedule = SCHEDULES[name]
+    schedule = make_schedule(name, 128)
     transitions = ddim_transitions(schedule, num_steps, eta)
     assert len(transitions) == num_steps and [step.t for step in transitions] == schedule.sampling_times(num_steps)
     times = torch.tensor([step.t for step in transitions], dtype=torch.float64)
@@ -77,7 +77,7 @@ def test_transitions_keep_the_marginals(name, num_steps, eta):
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 17])
 def test_a_known_image_is_reached(name, sampler, num_steps):
     """If the denoiser knows x0, xt = alpha x0 + sigma z stays so at every step, and the last one ends at x0."""
-    schedule, x0, z = SCHEDULES[name], 0.7, -1.3
+    schedule, x0, z = make_schedule(name, 128), 0.7, -1.3
     transitions = make_transitions(schedule, sampler, num_steps)
     assert len(transitions) == (2 * num_steps - 1 if sampler == "heun" else num_steps)
     times = torch.tensor([step.t for step in transitions], dtype=torch.float64)
@@ -105,7 +105,7 @@ def test_one_step_of_ddpm_is_the_textbook_posterior():
 
 def test_heun_is_the_algorithm_of_the_paper():
     """On the EDM schedule, in the variables of the paper, with a denoiser that is not linear."""
-    schedule = SCHEDULES["edm"]
+    schedule = make_schedule("edm", 128)
     places = torch.linspace(0, 1, 6, dtype=torch.float64)
     sigmas = [*((80 ** (1 / 7) + places * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7).tolist(), 0.0]
 
@@ -129,7 +129,7 @@ def test_heun_is_the_algorithm_of_the_paper():
 
 
 def test_euler_is_ddim_on_a_flow_and_follows_its_velocity():
-    schedule = SCHEDULES["flow"]
+    schedule = make_schedule("flow", 128)
     transitions = make_transitions(schedule, "euler", 4)
     x, x0 = 0.3, -0.9
     for step, ddim in zip(transitions, ddim_transitions(schedule, 4, 0.0), strict=True):

@@ -1,5 +1,8 @@
 """Data of which everything is known: independent values N(MEAN, STD^2), their denoiser and their samplers' results."""
 
+from types import SimpleNamespace
+
+import pytest
 import torch
 
 from maskdm_fast.diffusion import make_schedule
@@ -8,7 +11,6 @@ from maskdm_fast.diffusion.prediction import coefficients
 MEAN = torch.linspace(-0.6, 0.6, 16, dtype=torch.float64).view(4, 4)  # of each value of the tokens [N, P*P*C]
 STD = torch.linspace(0.15, 0.6, 16, dtype=torch.float64).view(4, 4)
 
-SCHEDULES = {name: make_schedule(name, 128) for name in ("linear", "cosine", "shifted-cosine", "vp", "flow", "edm")}
 TIME_OF_INPUT = {"vp": lambda t: t / 999, "flow": lambda t: t / 1000, "edm": lambda t: torch.exp(t / 100)}
 
 
@@ -18,15 +20,15 @@ def gain(alpha, sigma):
 
 
 class GaussianNetwork:
-    """The exact denoiser, as a network that predicts what it is told to."""
+    """The exact denoiser on the schedule `name` of images of 128 px, as a network that predicts what it is told to."""
 
     def __init__(self, name, prediction="x0"):
-        self.name, self.prediction = name, prediction
+        self.name, self.prediction, self.schedule = name, prediction, make_schedule(name, 128)
 
     def __call__(self, tokens, t, ids_keep, labels):
         assert ids_keep is None
         t = TIME_OF_INPUT.get(self.name, lambda t: t)(t.double())
-        alpha, sigma = (scale[:, None, None] for scale in SCHEDULES[self.name].alpha_sigma(t))
+        alpha, sigma = (scale[:, None, None] for scale in self.schedule.alpha_sigma(t))
         x0 = MEAN + gain(alpha, sigma) * (tokens - alpha * MEAN)
         eps_scale, x0_scale = coefficients(self.prediction, alpha, sigma)
         return (eps_scale * (tokens - alpha * x0) / sigma + x0_scale * x0).float()
@@ -63,3 +65,9 @@ def exact(schedule, first, last):
     ratio = ((alpha**2 * STD**2 + sigma**2) / (alpha_0**2 * STD**2 + sigma_0**2)).sqrt()
     g = gain(alpha, sigma)
     return g * ratio * sigma_0, MEAN - g * ratio * alpha_0 * MEAN
+
+
+@pytest.fixture(scope="session")
+def gaussian():
+    """What this file defines, for the tests beside it."""
+    return SimpleNamespace(mean=MEAN, std=STD, Network=GaussianNetwork, chain=chain, exact=exact)
