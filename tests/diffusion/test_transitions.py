@@ -1,5 +1,7 @@
 import itertools
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -157,3 +159,19 @@ def test_euler_is_ddim_on_a_flow_and_follows_its_velocity():
 def test_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         make_transitions(cosine_schedule(), *arguments)
+
+
+def test_the_table_of_the_docs_is_the_computed_one(gaussian):
+    text = (Path(__file__).parents[2] / "docs" / "diffusion.md").read_text()
+    evaluations = [int(cell) for cell in re.search(r"^\| evaluations \|(.*)\|$", text, re.MULTILINE)[1].split("|")]
+    rows = re.findall(r"^\| `(\w+)`, `(\w+)` \|(.* %) \|$", text, re.MULTILINE)
+    assert len(rows) == 7
+    for name, sampler, cells in rows:
+        want = []
+        for number in evaluations:
+            transitions = make_transitions(
+                make_schedule(name), sampler, (number + 1) // 2 if sampler == "heun" else number
+            )
+            slope, _, _ = gaussian.chain(make_schedule(name), transitions)
+            want.append(f"{100 * (slope / gaussian.std - 1).abs().max():.2f} %")
+        assert [cell.strip() for cell in cells.split("|")] == want, (name, sampler)
