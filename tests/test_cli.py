@@ -46,7 +46,7 @@ class MeanFeatures(FeatureNetwork):
 
 @pytest.fixture
 def cheap_features(monkeypatch):
-    monkeypatch.setattr("maskdm_fast.eval.load_features", lambda name="lite0": MeanFeatures())
+    monkeypatch.setattr("maskdm_fast.commands.evaluation.load_features", lambda name: MeanFeatures())
     monkeypatch.setattr("maskdm_fast.demo.load_features", lambda name="lite0": MeanFeatures(), raising=False)
 
 
@@ -138,8 +138,8 @@ def test_help_of_a_preset_shows_options_and_defaults(preset, words, capsys):
         (["train", "emoji32-finetune"], "nothing to start from: no such run or checkpoint folder: emoji32-pretrain"),
         (["sample", "nowhere"], "no such run or checkpoint folder: nowhere"),
         (["sample", "."], "holds no checkpoint"),
-        (["sample", ".", "--num-images", "0"], "--num-images and --batch-size want at least 1"),
-        (["evaluate", "nowhere"], "no such folder: nowhere"),
+        (["sample", ".", "--num-images", "0"], "--num-images is 0, want at least 1"),
+        (["evaluate", "nowhere", "--data", "emoji"], "no folder 'nowhere': give a folder of images"),
         (["demo", "--minutes", "0"], "--minutes is 0.0, want more than 0"),
     ],
 )
@@ -202,7 +202,7 @@ def test_train_resume_sample_evaluate(images, tmp_path, capsys, cheap_features):
     assert "5 images from runs/smoke/2-finetune/checkpoints/step-00000002 (ema weights" in capsys.readouterr().out
     assert Image.open("a.png").size == (3 * 18 + 2, 2 * 18 + 2)
     assert np.abs(np.asarray(Image.open("a.png"), int) - np.asarray(Image.open("b.png"), int)).max() <= 1
-    assert run("sample", "runs/smoke", "--num-images", 4, "--steps", 2, "--folder", "drawn", "--weights", "raw") == 0
+    assert run("sample", "runs/smoke", "--num-images", 4, "--steps", 2, "--out", "drawn", "--weights", "raw") == 0
     assert len(list((tmp_path / "drawn").glob("*.png"))) == 4 and not (tmp_path / "runs/smoke/samples").exists()
 
     capsys.readouterr()
@@ -210,9 +210,9 @@ def test_train_resume_sample_evaluate(images, tmp_path, capsys, cheap_features):
     text = capsys.readouterr().out
     assert "FD-mean" in text and "floor" in text and "n = 6 generated against 12 real" in text
     record = json.loads((tmp_path / "runs/smoke/evaluation.json").read_text())
-    assert record["scores"]["num_generated"] == 6 and record["versions"]["torch"]
+    assert record["sets"][0]["scores"]["num_generated"] == 6 and record["versions"]["torch"]
     assert run("evaluate", "drawn", "--data", images, "--image-size", 16, "--out", "scores.json") == 0
-    assert json.loads((tmp_path / "scores.json").read_text())["scores"]["num_generated"] == 4
+    assert json.loads((tmp_path / "scores.json").read_text())["sets"][0]["scores"]["num_generated"] == 4
     capsys.readouterr()
     assert run("evaluate", "drawn") == 2
     assert "--data must say which real images" in capsys.readouterr().err

@@ -60,6 +60,11 @@ class Checkpoint:
         """The tensors of one group, on the CPU."""
         return require("safetensors.torch").load_file(self.path / f"{group}.safetensors")
 
+    def sha256(self, group: str) -> str:
+        """SHA-256 of the file of one group, hex: tells weights apart, wherever they lie."""
+        manifest = json.loads((self.path / MANIFEST_NAME).read_text("utf-8"))
+        return manifest["files"][f"{group}.safetensors"]["sha256"]
+
     def groups(self) -> dict[str, Tensors]:
         """The tensors of all groups, on the CPU."""
         return {file.stem: self.tensors(file.stem) for file in sorted(self.path.glob("*.safetensors"))}

@@ -212,6 +212,7 @@ class Trainer:
                 "config": self.config.to_dict(),
                 "meter": self._meter.state_dict(),
                 "data": self._data,
+                "class_names": self.store.class_names,
             }
             keep = self.config.output.keep_checkpoints
             checkpoints.save(self.folder, self.stage.state_dict(), state, keep=keep)

@@ -1,0 +1,80 @@
+"""Options of the commands that draw images from a run, and the drawing."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from maskdm_fast.train.checkpoint import Weights
+from maskdm_fast.train.engine import make_world
+from maskdm_fast.train.generation import generate
+from maskdm_fast.train.progress import step_bar
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawOptions:
+    """How images are drawn from a run."""
+
+    steps: int = 50
+    """Steps of the sampler, 1 to 1000: more is slower and usually better."""
+    sampler: Literal["ddim", "ddpm", "euler", "heun", "dpmpp_2m"] = "ddim"
+    """ddim; dpmpp_2m, which gets by with fewer steps; heun, with two evaluations per step; euler; or the ancestral
+    ddpm, which wants more steps."""
+    eta: float | None = None
+    """Noise that ddim adds at each step: 0 (none, the default) to 1 (as much as ddpm)."""
+    guidance: float = 1.0
+    """Guidance scale towards the class: 1 (none) follows the classes as trained, more exaggerates them at the cost of
+    variety and of twice the time. Wants a run with classes and label drop."""
+    guidance_interval: tuple[float, float] | None = None
+    """Guide only at noise levels sigma/alpha between these two, lowest and highest. Default: at all."""
+    seed: int = 0
+    """Seed of the noise."""
+    weights: Literal["ema", "raw"] = "ema"
+    """The moving average of the weights, or the trained weights themselves."""
+    batch_size: int = 64
+    """Images per evaluation of the network; changes speed and memory only."""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda or cuda:INDEX."""
+
+    def check(self) -> None:
+        """Raise ValueError for the first value that no run can be drawn with."""
+        if self.batch_size < 1:
+            raise ValueError(f"--batch-size is {self.batch_size}, want at least 1")
+
+
+def draw(
+    weights: Weights, options: DrawOptions, num_images: int, *, first_slot: int = 0, labels: Tensor | None = None
+) -> Tensor:
+    """Images of slots ``first_slot ... first_slot + num_images - 1``: uint8 ``[num_images, h, w, C]`` on the CPU.
+
+    Without `labels` a class-conditional run cycles through its classes.
+    """
+    with step_bar("sampling") as progress:
+        return generate(
+            weights.config,
+            weights.tensors,
+            num_images,
+            num_steps=options.steps,
+            sampler=options.sampler,
+            eta=options.eta,
+            guidance=options.guidance,
+            guidance_interval=options.guidance_interval,
+            seed=options.seed,
+            first_slot=first_slot,
+            labels=labels,
+            batch_size=options.batch_size,
+            device=make_world(options.device).device,
+            progress=progress,
+        )
+
+
+def class_names(weights: Weights) -> list[str]:
+    """Names of the classes that the run tells apart, in the order of their labels; empty if it tells none apart.
+
+    They are those of the data set it was trained on; a checkpoint that does not hold them counts its classes.
+    """
+    num_classes = weights.config.model.num_classes
+    names = weights.checkpoint.state.get("class_names") or []
+    if len(names) == num_classes:
+        return names
+    return [f"{label:0{len(str(num_classes - 1))}d}" for label in range(num_classes)]

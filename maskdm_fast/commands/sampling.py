@@ -1,0 +1,186 @@
+"""Draw images from a run: as one grid, or as a folder with labels that can be trained on."""
+
+import difflib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+
+from maskdm_fast.commands.drawing import DrawOptions, class_names, draw
+from maskdm_fast.commands.labelled_folder import MANIFEST_NAME, Drawn, LabelledFolder, folder_names
+from maskdm_fast.train.checkpoint import Weights, load_weights
+from maskdm_fast.train.extras import require
+from maskdm_fast.train.progress import format_seconds
+
+tyro = require("tyro")
+
+_CLASS_SLOTS = 1 << 20  # slots of one class with --per-class, so that more images of one class change no other image
+_MAX_SLOT = 1 << 32
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions(DrawOptions):
+    """Draw images from a run: into one PNG file as a grid, or one file each into a folder.
+
+    An image depends only on the weights, the options of the sampler, the seed, its number and its class, not on how
+    many are drawn or in which batches.
+
+    A folder gets one PNG file per image, in sub-folders by class where the run has classes, and manifest.jsonl, which
+    says how each was drawn. It can be trained on as it is. The same command goes on where it was stopped; a larger
+    --per-class or --num-images adds images.
+
+    example: maskdm-fast sample runs/pets --per-class 500 --guidance 2 --out more-pets
+    """
+
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """A run folder (its newest checkpoint), the folder of a recipe (its last stage), or a checkpoint folder."""
+    num_images: int = 64
+    """Images to draw; a run with classes takes them in turn."""
+    per_class: int | None = None
+    """Draw so many of every class instead."""
+    classes: tuple[str, ...] | None = None
+    """Only these classes, by name or number."""
+    labels: tuple[str, ...] | None = None
+    """The class of each image, by name or number, instead of --num-images."""
+    out: str | None = None
+    """A file named *.png for a grid (with --per-class: a class per row), any other name for a folder. Default:
+    RUN/samples/grid-SEED.png."""
+
+    def check(self) -> None:
+        """Raise ValueError for the first value that cannot work, or does not fit another."""
+        super().check()
+        for name in ("num_images", "per_class"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {value}, want at least 1")
+        if self.per_class is not None and self.per_class > _CLASS_SLOTS:
+            raise ValueError(
+                f"--per-class is {self.per_class}, want at most {_CLASS_SLOTS}; use another --seed for more"
+            )
+        if self.labels is not None and (self.per_class is not None or self.classes is not None):
+            raise ValueError("--labels says the class of each image: leave out --per-class and --classes")
+
+
+def sample(options: SampleOptions) -> None:
+    """Draw images, save them, and say where."""
+    options.check()
+    weights = load_weights(options.run, options.weights)
+    names = class_names(weights)
+    planned = _plan(options, names)
+    out = Path(options.out or Path(options.run) / "samples" / f"grid-{options.seed}.png")
+    started = time.monotonic()
+    if out.suffix.lower() == ".png":
+        drawn = _grid(weights, options, planned, out)
+        where = f"grid: {out}"
+    else:
+        drawn = _folder(weights, options, planned, names, out)
+        where = f"images: {out}, {MANIFEST_NAME} says how each was drawn"
+    guided = f", guidance {options.guidance}" if options.guidance != 1 else ""
+    print(
+        f"{drawn} images from {weights.checkpoint.path} ({options.weights} weights, {options.sampler}, "
+        f"{options.steps} steps{guided}, seed {options.seed}) in {time.monotonic() - started:.1f} s\n{where}"
+    )
+
+
+def _plan(options: SampleOptions, names: list[str]) -> list[tuple[int, int | None]]:
+    """(slot, label) of every image."""
+    if not names:
+        for option in ("per_class", "classes", "labels"):
+            if getattr(options, option) is not None:
+                raise ValueError(
+                    f"{options.run} was trained without classes, so --{option.replace('_', '-')} means nothing: leave "
+                    "it out, or train with --class-conditional"
+                )
+        return [(slot, None) for slot in range(options.num_images)]
+    if options.labels is not None:
+        return list(enumerate(_label(text, names) for text in options.labels))
+    labels = list(range(len(names)))
+    if options.classes:
+        labels = list(dict.fromkeys(_label(text, names) for text in options.classes))
+    if options.per_class is None:
+        return [(slot, labels[slot % len(labels)]) for slot in range(options.num_images)]
+    if max(labels) >= _MAX_SLOT // _CLASS_SLOTS:
+        raise ValueError(f"--per-class works for up to {_MAX_SLOT // _CLASS_SLOTS} classes: give --labels")
+    return [(label * _CLASS_SLOTS + number, label) for label in labels for number in range(options.per_class)]
+
+
+def _label(text: str, names: list[str]) -> int:
+    if text in names:
+        return names.index(text)
+    if text.isdecimal() and int(text) < len(names):
+        return int(text)
+    near = difflib.get_close_matches(text, names, n=1, cutoff=0)[0]
+    raise ValueError(f"no class {text!r}; the nearest is {near!r}, and numbers go from 0 to {len(names) - 1}")
+
+
+def _batches(planned: list[tuple[int, int | None]], batch_size: int) -> list[slice]:
+    """Parts of at most `batch_size` images whose slots follow each other."""
+    parts, start = [], 0
+    for end in range(1, len(planned) + 1):
+        if end == len(planned) or end - start == batch_size or planned[end][0] != planned[end - 1][0] + 1:
+            parts.append(slice(start, end))
+            start = end
+    return parts
+
+
+def _draw_part(weights: Weights, options: SampleOptions, part: list[tuple[int, int | None]]) -> torch.Tensor:
+    labels = None if part[0][1] is None else torch.tensor([label for _, label in part])
+    return draw(weights, options, len(part), first_slot=part[0][0], labels=labels)
+
+
+def _grid(weights: Weights, options: SampleOptions, planned: list[tuple[int, int | None]], out: Path) -> int:
+    from maskdm_fast.eval.grid import save_grid
+
+    # Consecutive slots in one call, which splits them into batches and shows its progress.
+    images = [_draw_part(weights, options, planned[part]) for part in _batches(planned, len(planned))]
+    save_grid(torch.cat(images), out, columns=options.per_class)
+    return len(planned)
+
+
+def _folder(
+    weights: Weights, options: SampleOptions, planned: list[tuple[int, int | None]], names: list[str], out: Path
+) -> int:
+    wanted = _records(weights, options, planned, names)
+    with LabelledFolder.open(out) as folder:
+        missing = folder.missing(wanted)
+        if len(missing) < len(wanted):
+            print(f"{len(wanted) - len(missing)} of {len(wanted)} images are there already")
+        slots = [(drawn.slot, drawn.label) for drawn in missing]
+        started = told = time.monotonic()
+        for part in _batches(slots, options.batch_size):
+            images = _draw_part(weights, options, slots[part])
+            folder.write(zip(missing[part], images.numpy(), strict=True))
+            if time.monotonic() - told > _SECONDS_BETWEEN_LINES:
+                told = time.monotonic()
+                left = (told - started) * (len(missing) / part.stop - 1)
+                print(f"{part.stop} of {len(missing)} images, {format_seconds(left)} left", flush=True)
+    return len(missing)
+
+
+def _records(
+    weights: Weights, options: SampleOptions, planned: list[tuple[int, int | None]], names: list[str]
+) -> list[Drawn]:
+    group = "ema" if options.weights == "ema" else "model"
+    shared = {
+        "seed": options.seed,
+        "sampler": options.sampler,
+        "steps": options.steps,
+        "eta": options.eta,
+        "guidance": options.guidance,
+        "guidance_interval": None if options.guidance_interval is None else list(options.guidance_interval),
+        "checkpoint": str(weights.checkpoint.path),
+        "weights": options.weights,
+        "weights_sha256": weights.checkpoint.sha256(group),
+    }
+    folders = folder_names(names)
+    records = []
+    for slot, label in planned:
+        number = f"{options.seed}-{slot % _CLASS_SLOTS if options.per_class else slot:06d}.png"
+        file = number if label is None else f"{folders[label]}/{number}"
+        records.append(
+            Drawn(file=file, class_name=None if label is None else names[label], label=label, slot=slot, **shared)
+        )
+    return records
