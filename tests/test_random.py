@@ -164,4 +164,6 @@ def test_streams_keep_their_numbers():
         "INIT": 8,
         "LABEL": 9,
         "SUBSET": 10,
+        "MASK_RATIO": 11,
+        "UNMASKED": 12,
     }
