@@ -25,6 +25,7 @@ from maskdm_fast.train.runs import make_folder
 from maskdm_fast.train.signals import StopSignals
 
 CALIBRATION_NAME = "calibration.json"
+_QUIET = 0.5  # load average
 MASKS = ("block:0.5:4", "block:0.75:4", "block:0.9:2")
 SHARES = (0.25, 0.5, 0.75)
 ARMS = ("scratch", *(f"{mask}@{share:g}" for mask in MASKS for share in SHARES))
@@ -37,6 +38,9 @@ def _calibrate(options: argparse.Namespace) -> int:
     make_folder(out)
     torch.set_num_threads(options.threads)
     result = harness.environment() | {"threads": options.threads, "jobs": options.jobs, "repeats": options.repeats}
+    load = result["machine"].get("load_average", 0.0)
+    if load > _QUIET:
+        print(f"other processes are running (load {load}): step times may be wrong by as much", file=sys.stderr)
     result["rows"] = ttq_train.calibrate(
         _tasks(options), options.arms, threads=options.threads, jobs=options.jobs, repeats=options.repeats
     )

@@ -171,14 +171,18 @@ def test_what_cannot_be_planned_is_refused(world, tmp_path, command, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_calibrate_measures_what_run_needs(command, tmp_path, capsys):
+def test_calibrate_measures_what_run_needs(command, tmp_path, monkeypatch, capsys):
+    about = harness.environment()
+    monkeypatch.setattr(
+        harness, "environment", lambda: {**about, "machine": {**about["machine"], "load_average": 1.25}}
+    )
     assert command("calibrate", "--repeats", "1") == 0
+    assert "other processes are running (load 1.25)" in capsys.readouterr().err
     calibration = json.loads((tmp_path / "out/calibration.json").read_text())
     assert {"machine", "versions", "commit", "command", "threads", "jobs", "repeats", "rows"} == set(calibration)
     rows = {(row["data"], row["mask"], row["batch_size"], row["num_visible"]) for row in calibration["rows"]}
     assert rows == {("images16", "none", 16, 16), ("images16", "patch:0.5", 16, 8)}
     assert all(row["ms"] > 0 and row["images_per_s"] > 0 for row in calibration["rows"])
-    assert "images/s" in capsys.readouterr().out
     (tmp_path / "out/images16/seed-0").mkdir(parents=True)
     with pytest.raises(SystemExit):
         command("calibrate")
