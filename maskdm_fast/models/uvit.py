@@ -221,7 +221,7 @@ class UViT(nn.Module):
         return out if self.final_conv is None else self.final_conv(out)
 
     def _run(self, block: Block, *inputs: Tensor | None) -> Tensor:
-        if self.activation_checkpointing and torch.is_grad_enabled():
+        if self.activation_checkpointing:
             # Nothing in a block draws random numbers, so there is no generator to put back.
             return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
         return block(*inputs)

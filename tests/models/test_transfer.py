@@ -128,6 +128,16 @@ def test_positions_are_sampled_from_the_same_surface(side):
     torch.testing.assert_close(table[2:, 0], torch.ones(side**2, dtype=torch.float64))
 
 
+def test_every_row_counts_when_the_grid_shrinks():
+    """Bicubic interpolation reads 4 rows per axis, which would pass over most of 12 on the way to 2."""
+    config = UViTConfig(image_size=24, patch_size=2, dim=4, depth=1, num_heads=1)
+    weights = UViT(config).double().state_dict()
+    table = weights["positions"].requires_grad_()
+    small = transfer(weights, config, dataclasses.replace(config, image_size=4))["positions"]
+    small.square().sum().backward()
+    assert (table.grad[1:].abs().sum(1) > 0).all()
+
+
 def test_what_does_not_change_is_handed_through():
     weights = make_model().state_dict()
     out = transfer(weights, SMALL, changed(image_size=24))
