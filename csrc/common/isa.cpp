@@ -39,6 +39,15 @@ int detect() {
 
 int64_t cpu_isa_level() { return isa_level(); }
 
+bool cpu_is_intel() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 int isa_level() {
@@ -48,8 +57,12 @@ int isa_level() {
 
 }  // namespace maskdm
 
-STABLE_TORCH_LIBRARY_FRAGMENT(maskdm_fast, m) { m.def("cpu_isa_level() -> int"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(maskdm_fast, m) {
+  m.def("cpu_isa_level() -> int");
+  m.def("cpu_is_intel() -> bool");
+}
 
 STABLE_TORCH_LIBRARY_IMPL(maskdm_fast, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa_level", TORCH_BOX(&maskdm::cpu_isa_level));
+  m.impl("cpu_is_intel", TORCH_BOX(&maskdm::cpu_is_intel));
 }

@@ -20,6 +20,10 @@ class Linear(nn.Linear):
     def reset_parameters(self) -> None:
         """Do nothing: the model owns the initial values."""
 
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``x W^T + b + residual``."""
+        return ops.linear(x, self.weight, self.bias, residual=residual)
+
 
 class LayerNorm(nn.LayerNorm):
     """`nn.LayerNorm` that returns the dtype of its input under autocast too.
@@ -38,8 +42,7 @@ class LayerNorm(nn.LayerNorm):
 class SkipLinear(nn.Module):
     """``cat([x, skip], -1) @ cat([weight_x, weight_skip], -1).T + bias`` without forming either concatenation.
 
-    The second product accumulates into the output of the first, in place; two separate weights mean that the backward
-    neither splits nor joins anything.
+    The second product adds the output of the first; with two separate weights the backward neither splits nor joins.
     """
 
     def __init__(self, dim: int):
@@ -50,14 +53,11 @@ class SkipLinear(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         """Join two ``[B, K, D]`` or packed ``[T, D]`` tensors into one."""
-        out = F.linear(x.flatten(0, -2), self.weight_x, self.bias)  # [B*K, D]
-        # Autocast does not see in-place ops, so the weight follows by hand.
-        out.addmm_(skip.flatten(0, -2), self.weight_skip.to(out.dtype).t())
-        return out.view_as(x)
+        return ops.linear(skip, self.weight_skip, residual=ops.linear(x, self.weight_x, self.bias))
 
 
 class Attention(nn.Module):
-    """Self-attention over the tokens that are there; qkv is packed (3, H, E) and read in place by the op."""
+    """Residual plus self-attention over the tokens that are there; qkv is packed (3, H, E) and read in place by the op."""
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool):
         super().__init__()
@@ -65,21 +65,21 @@ class Attention(nn.Module):
         self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = Linear(dim, dim)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B, K, 3, H, E]
-        return self.proj(ops.masked_attention(qkv, cu_seqlens=cu_seqlens).flatten(-2))
+        return self.proj(ops.masked_attention(qkv, cu_seqlens=cu_seqlens).flatten(-2), residual)
 
 
 class MLP(nn.Module):
-    """``Linear(D, hidden)``, exact GELU, ``Linear(hidden, D)``."""
+    """Residual plus ``Linear(D, hidden)``, exact GELU, ``Linear(hidden, D)``."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
         self.fc1 = Linear(dim, hidden)
         self.fc2 = Linear(hidden, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.fc2(ops.gelu(self.fc1(x)), residual)
 
 
 class Block(nn.Module):
@@ -100,8 +100,8 @@ class Block(nn.Module):
         """
         if self.skip is not None:
             x = self.skip(x, skip)
-        x = x + self.attention(self.norm1(x), cu_seqlens)
-        return x + self.mlp(self.norm2(x))
+        x = self.attention(self.norm1(x), x, cu_seqlens)
+        return self.mlp(self.norm2(x), x)
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:

@@ -8,6 +8,10 @@ from maskdm_fast.ops.adamw_ema.op import adamw_ema
 from maskdm_fast.ops.backend import use_backend
 from maskdm_fast.ops.gather_tokens.op import IMPL as _GATHER_TOKENS
 from maskdm_fast.ops.gather_tokens.op import gather_tokens, scatter_tokens
+from maskdm_fast.ops.gelu.op import IMPL as _GELU
+from maskdm_fast.ops.gelu.op import gelu
+from maskdm_fast.ops.linear.op import IMPL as _LINEAR
+from maskdm_fast.ops.linear.op import linear
 from maskdm_fast.ops.masked_attention.op import IMPL as _MASKED_ATTENTION
 from maskdm_fast.ops.masked_attention.op import masked_attention
 from maskdm_fast.ops.masked_dsm_loss.op import IMPL as _MASKED_DSM_LOSS
@@ -19,6 +23,8 @@ from maskdm_fast.ops.noise_visible_patches.op import noise_visible_patches
 IMPLEMENTATIONS = {
     "noise_visible_patches": _NOISE_VISIBLE_PATCHES,
     "gather_tokens": _GATHER_TOKENS,
+    "gelu": _GELU,
+    "linear": _LINEAR,
     "masked_attention": _MASKED_ATTENTION,
     "masked_dsm_loss": _MASKED_DSM_LOSS,
     "adamw_ema": _ADAMW_EMA,
@@ -27,6 +33,8 @@ IMPLEMENTATIONS = {
 __all__ = [
     "adamw_ema",
     "gather_tokens",
+    "gelu",
+    "linear",
     "masked_attention",
     "masked_dsm_loss",
     "noise_visible_patches",

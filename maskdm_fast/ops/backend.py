@@ -54,6 +54,27 @@ def has_native() -> bool:
     return _CPU_LIBRARY_MISSING is None
 
 
+# On processors with AVX-512 that are not Intel's, MKL stays with AVX2, half the width.
+_MKL_LEAVES_AVX512_IDLE = (
+    has_native() and torch.ops.maskdm_fast.cpu_isa_level() == 4 and not torch.ops.maskdm_fast.cpu_is_intel()
+)
+
+
+def has_onednn() -> bool:
+    """Whether PyTorch carries oneDNN and offers its float32 products."""
+    return hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def onednn_is_faster(dtype: torch.dtype) -> bool:
+    """Whether `linear` runs by itself on oneDNN; a rule and no measurement, so that every run takes the same way."""
+    return dtype == torch.float32 and _MKL_LEAVES_AVX512_IDLE and has_onednn()
+
+
+def is_named(backend: str | None) -> bool:
+    """Whether a backend was named, here or by `use_backend`."""
+    return (backend or _named) is not None
+
+
 def _why_not(backend: str, device_type: str) -> str | None:
     """None if `backend` can serve tensors of `device_type`, else the reason."""
     if backend == "cpu":

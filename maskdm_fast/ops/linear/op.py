@@ -1,0 +1,93 @@
+"""linear: ``x W^T + b``, plus a residual, on the fastest matrix products that PyTorch carries."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from maskdm_fast.ops import backend as backends
+from maskdm_fast.ops.checks import FLOATING, check_device, check_dtype, check_shape
+from maskdm_fast.ops.linear import native_impl, reference
+
+IMPL = {"reference": reference, "cpu": native_impl}
+
+_OP = "linear"
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, backend: str
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.backend = backend
+        flat = None if residual is None else residual.reshape(-1, weight.shape[0])
+        out = IMPL[backend].forward(x.reshape(-1, x.shape[-1]).contiguous(), weight, bias, flat)
+        return out.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        with_x, with_weight, with_bias, with_residual, _ = ctx.needs_input_grad
+        flat, rows = grad.reshape(-1, weight.shape[0]).contiguous(), x.reshape(-1, x.shape[-1]).contiguous()
+        grad_x, grad_weight, grad_bias = IMPL[ctx.backend].backward(flat, rows, weight, with_x, with_weight, with_bias)
+        return (
+            None if grad_x is None else grad_x.view(x.shape),
+            grad_weight,
+            grad_bias,
+            grad if with_residual else None,
+            None,
+        )
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """``x W^T + b + residual``.
+
+    Nothing here multiplies better than a library does; what is chosen is the library. Where it runs by itself is
+    `backends.onednn_is_faster`: float32 on a processor with AVX-512 that MKL does not use, as on AMD's, oneDNN takes
+    half the time of `torch.mm` (docs/kernels.md). Elsewhere, and under autocast, this is `F.linear` and an addition.
+
+    Args:
+        x: ``[..., I]``; float32, float16, bfloat16 or float64.
+        weight: ``[O, I]``, dtype of `x` (any under autocast).
+        bias: ``[O]``, or None.
+        residual: ``[..., O]`` to be added, or None.
+        backend: ``"reference"`` or ``"cpu"``; None chooses.
+
+    Returns:
+        ``[..., O]``.
+
+    Raises:
+        ValueError, TypeError: wrong shape or device; wrong dtype.
+        RuntimeError: the named backend cannot run; a second derivative is asked of ``"cpu"`` or a named backend.
+    """
+    if backend is None and torch.is_autocast_enabled(x.device.type):
+        out = F.linear(x, weight, bias)
+        return out if residual is None else out + residual
+    check_dtype(_OP, "x", x, FLOATING)
+    check_shape(_OP, "weight", weight, "O", "I")
+    if x.dim() == 0:
+        raise ValueError(f"{_OP}: x has shape [], want [..., {weight.shape[1]}]")
+    wanted = {"x": x, "weight": weight, "bias": bias, "residual": residual}
+    check_shape(_OP, "x", x, *x.shape[:-1], weight.shape[1])
+    for name, shape in (("bias", weight.shape[:1]), ("residual", (*x.shape[:-1], weight.shape[0]))):
+        if wanted[name] is not None:
+            check_shape(_OP, name, wanted[name], *shape)
+    for name, tensor in wanted.items():
+        if tensor is not None:
+            check_dtype(_OP, name, tensor, (x.dtype,))
+            check_device(_OP, name, tensor, x.device)
+    chosen = backends.choose(_OP, x.device, backend)
+    if chosen == "cpu" and not backends.is_named(backend) and not backends.onednn_is_faster(x.dtype):
+        return reference.forward(x, weight, bias, residual)
+    return _Linear.apply(x, weight, bias, residual, chosen)
