@@ -8,10 +8,13 @@ Letters: K visible patches of an image, n = K + extras its tokens, D width.
 """
 
 import dataclasses
+import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from maskdm_fast.diffusion.masking import BlockMask, Mask, NoMask, PatchMask
 from maskdm_fast.models import UViT, UViTConfig
@@ -149,20 +152,20 @@ def measure_rates(model: UViTConfig, tokens: int, dtype: torch.dtype, device: to
     return Rates(2 * x.numel() * 4 * model.dim / product, 2 * source.nbytes / copy)
 
 
-def _seconds(work, budget: float = 0.3) -> float:
-    """Shortest time of one call, in groups that together take about `budget` seconds; reading a value waits for it."""
+def _seconds(work: Callable[[], Tensor], budget: float = 0.3) -> float:
+    """Median time of one call over ten groups that together take about `budget` seconds; reading a value waits."""
     work().flatten()[0].item()
     start = time.perf_counter()
     work().flatten()[0].item()
     repeats = max(1, int(budget / 10 / max(time.perf_counter() - start, 1e-6)))
-    best = float("inf")
+    times = []
     for _ in range(10):
         start = time.perf_counter()
         for _ in range(repeats):
             out = work()
         out.flatten()[0].item()
-        best = min(best, (time.perf_counter() - start) / repeats)
-    return best
+        times.append((time.perf_counter() - start) / repeats)
+    return statistics.median(times)
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ class WandbTracker:
             )
         except self._wandb.Error as error:
             raise RuntimeError(
-                f"Weights & Biases cannot begin: {error}. Run 'wandb login', or set WANDB_MODE=offline"
+                f"Weights & Biases cannot begin: {str(error).rstrip('.')}. Run 'wandb login', or set WANDB_MODE=offline"
             ) from error
         # The steps of wandb only rise, which would drop the points of a run that fell back to an older checkpoint.
         self._run.define_metric("images")
