@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import json
 import os
 import platform
 import re
@@ -119,3 +120,11 @@ def machine_slug(machine: Mapping[str, Any]) -> str:
     """A file name for the kind of machine, e.g. ``amd-epyc-2c-x86-64-v4``."""
     words = f"{machine['cpu']} {machine['cores']}c {machine['isa'] or 'reference'}"
     return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
+
+
+def save(result: Mapping[str, Any], name: str) -> Path:
+    """Write ``benchmarks/results/<name>-<machine>.json``."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}-{machine_slug(result['machine'])}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return path

@@ -57,7 +57,7 @@ class SkipLinear(nn.Module):
 
 
 class Attention(nn.Module):
-    """Residual plus self-attention over the tokens that are there; qkv is packed (3, H, E) and read in place by the op."""
+    """Residual plus self-attention over the tokens that are there; the op reads the packed qkv (3, H, E) in place."""
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool):
         super().__init__()
