@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -13,7 +14,7 @@ import torch
 from maskdm_fast.eval import FeatureNetwork, compare, compute_features
 from maskdm_fast.train import checkpoint, load_weights, read_metrics, scores, train
 from maskdm_fast.train.generation import generate
-from maskdm_fast.train.runs import open_store
+from maskdm_fast.train.runs import fit_to_classes, open_store
 
 
 class MeanFeatures(FeatureNetwork):
@@ -137,3 +138,25 @@ def test_scores_are_mirrored_under_a_name_of_their_own(make_scored, tmp_path):
     found.Reload()
     assert [event.step for event in found.Scalars("score/fd_lite0")] == [16, 32, 48]
     assert json.dumps(lines(tmp_path))
+
+
+def test_samples_have_the_classes_of_the_data_set(make_scored, image_folder, tmp_path, cache_dir):
+    """A conditional network is asked for classes as frequent as they are, also for more images than there are."""
+    for number, file in enumerate(sorted(image_folder.iterdir())):
+        target = tmp_path / "images" / ("common" if number < 18 else "rare")
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, target)
+    config = make_scored(data=str(tmp_path / "images"), class_conditional=True, score_num_images=48)
+    store = open_store(config)
+    config = fit_to_classes(config, store.class_names)
+    asked = []
+
+    class Stage:
+        def preview(self, num_images, *, labels, num_steps):
+            asked.append((num_images, labels.bincount().tolist(), num_steps))
+            return torch.from_numpy(store.images.copy()).repeat(2, 1, 1, 1)
+
+    scorer = scores.Scorer(config, store, cache_dir=cache_dir, device=torch.device("cpu"))
+    found = scorer(Stage())
+    assert asked == [(48, [36, 12], 2)]
+    assert found["fd_lite0"] == pytest.approx(0.0, abs=1.0) and found["num_generated"] == 48
