@@ -30,7 +30,7 @@ commands:
   demo      train a small model two ways for the same time and compare them in a report (6 minutes on 2 CPU cores)
   train     start or resume a run from a preset
   sample    draw images from a run
-  evaluate  score a run, or a folder of images, against real images
+  evaluate  score runs, folders of images and data sets against real images, in one table
   info      what this machine can run, and what is missing
 
 examples:
