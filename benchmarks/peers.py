@@ -139,6 +139,34 @@ def masked_attention(case: Any) -> Iterator[Task]:
     yield _with_gradients("masked_attention", case.name, num_bytes, ops.masked_attention, {"sdpa": sdpa}, (qkv,))
 
 
+def gelu(case: Any) -> Iterator[Task]:
+    x = _cases("gelu").make_inputs(case, torch.float32, "cpu", seed=0)["x"]
+    # Forward reads x and writes the result; backward reads x and the gradient and writes one.
+    yield _with_gradients("gelu", case.name, 5 * x.nbytes, ops.gelu, {"gelu": F.gelu}, (x,))
+
+
+def linear(case: Any) -> Iterator[Task]:
+    inputs = _cases("linear").make_inputs(case, torch.float32, "cpu", seed=0)
+    names = [name for name, value in inputs.items() if value is not None]
+    leaves = tuple(inputs[name] for name in names)
+
+    def ours(*leaves: Tensor) -> Tensor:
+        return ops.linear(**dict(zip(names, leaves, strict=True)))
+
+    def f_linear(*leaves: Tensor) -> Tensor:
+        given = dict(zip(names, leaves, strict=True))
+        out = F.linear(given["x"], given["weight"], given.get("bias"))
+        return out + given["residual"] if "residual" in given else out
+
+    with torch.no_grad():
+        out_bytes = f_linear(*leaves).nbytes
+    # Forward reads the leaves and writes the result; backward reads x, the weight and the gradient of the result, and
+    # writes the gradients of the leaves (that of a residual is the result's own).
+    written = sum(leaf.nbytes for name, leaf in zip(names, leaves, strict=True) if name != "residual")
+    num_bytes = sum(leaf.nbytes for leaf in leaves) + 2 * out_bytes + inputs["x"].nbytes + inputs["weight"].nbytes
+    yield _with_gradients("linear", case.name, num_bytes + written, ours, {"F.linear": f_linear}, leaves)
+
+
 def masked_dsm_loss(case: Any) -> Iterator[Task]:
     inputs = _cases("masked_dsm_loss").make_inputs(case, torch.float32, "cpu", seed=0)
     pred, target, weight = inputs["pred"], inputs["target"], inputs["weight"]
@@ -319,6 +347,8 @@ BUILDERS: dict[str, Callable[[Any], Iterator[Task]]] = {
     "noise_visible_patches": noise_visible_patches,
     "gather_tokens": gather_tokens,
     "masked_attention": masked_attention,
+    "gelu": gelu,
+    "linear": linear,
     "masked_dsm_loss": masked_dsm_loss,
     "adamw_ema": adamw_ema,
 }
@@ -328,6 +358,8 @@ _EMPTY: dict[str, dict[str, Any]] = {
     "noise_visible_patches": {"num_images": 0},
     "gather_tokens": {"num_images": 0},
     "masked_attention": {"lengths": ()},
+    "gelu": {"shape": (0, 4)},
+    "linear": {"rows": (0,)},
     "masked_dsm_loss": {"lengths": ()},
     "adamw_ema": {"shapes": ((0,),)},
 }

@@ -12,6 +12,8 @@ from benchmarks import harness, ops, peers
 TINY = {
     "noise_visible_patches": {"num_images": 2, "height": 16, "width": 16, "num_visible": 5},
     "gather_tokens": {"num_images": 2, "num_tokens": 9, "num_visible": 4, "width": 8},
+    "gelu": {"shape": (2, 9)},
+    "linear": {"rows": (3,), "fan_in": 8, "fan_out": 8},
     "masked_attention": {"lengths": (5, 5), "num_heads": 2, "head_dim": 8},
     "masked_dsm_loss": {"lengths": (5, 5), "width": 12},
     "adamw_ema": {"shapes": ((3, 4), (5,))},
