@@ -8,6 +8,8 @@
 //   copy   = param, rounded to a 16-bit type                 where a copy is asked for
 //
 // One pass: 5 reads and 4 writes (or 5) per parameter.
+//
+// sum_of_squares is the part of the gradients' norm: 1 read per value.
 #pragma once
 
 #include "common/dtype.h"
@@ -28,6 +30,7 @@ struct AdamHyper {
 
 struct AdamwEmaKernels {
   void (*run)(const AdamTensor&, const AdamHyper&, int64_t begin, int64_t end);
+  double (*sum_of_squares)(DType, const char* values, int64_t begin, int64_t end);
 };
 
 MASKDM_DECLARE_KERNELS(AdamwEmaKernels, adamw_ema_kernels)

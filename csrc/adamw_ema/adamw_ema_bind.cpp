@@ -1,47 +1,113 @@
 #include "adamw_ema/adamw_ema.h"
 
 #include <cmath>
+#include <utility>
+#include <vector>
 
 #include "common/bind.h"
 
 namespace maskdm {
 namespace {
 
+constexpr const char* kOp = "adamw_ema";
 constexpr int64_t kChunk = 1 << 15;  // parameters per unit of work: large tensors are shared between threads
 
 using Tensors = std::vector<Tensor>;
+using torch::headeronly::ScalarType;
+
+// A part of one tensor of a list.
+struct Chunk {
+  size_t tensor;
+  int64_t begin, end;
+};
+
+std::vector<Chunk> chunks_of(const Tensors& tensors) {
+  std::vector<Chunk> chunks;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const int64_t count = tensors[i].numel();
+    for (int64_t begin = 0; begin < count; begin += kChunk) chunks.push_back({i, begin, std::min(begin + kChunk, count)});
+  }
+  return chunks;
+}
+
+enum class Kind { like_param, accumulator, sixteen_bit };
+
+// That the tensors fit the parameters one by one. Python finds the words for a wrong one; looking at all of them there
+// takes a quarter of the step of a small model.
+void check_list(const char* name, Kind kind, const Tensors& tensors, const Tensors& params) {
+  if (tensors.size() != params.size()) fail(kOp, ": ", name, " has ", tensors.size(), " tensors, want ", params.size());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const Tensor &tensor = tensors[i], &param = params[i];
+    const ScalarType have = tensor.scalar_type(), of_param = param.scalar_type();
+    bool fits = tensor.is_contiguous() && tensor.dim() == param.dim();
+    for (int64_t axis = 0; fits && axis < param.dim(); ++axis) fits = tensor.size(axis) == param.size(axis);
+    switch (kind) {
+      case Kind::like_param: fits = fits && have == of_param; break;
+      case Kind::accumulator:
+        fits = fits && have == (of_param == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
+        break;
+      case Kind::sixteen_bit: fits = fits && (have == ScalarType::Half || have == ScalarType::BFloat16); break;
+    }
+    if (!fits) fail(kOp, ": ", name, "[", i, "] does not fit params[", i, "]");
+  }
+}
+
+// The L2 norm of all values of contiguous tensors, [] in float64 if one of them is, else in float32
+Tensor global_norm(Tensors tensors) {
+  const auto chunks = chunks_of(tensors);
+  const auto& kernels = MASKDM_KERNELS(adamw_ema_kernels);
+  std::vector<std::pair<DType, const char*>> values;
+  bool in_double = false;
+  for (const Tensor& tensor : tensors) {
+    values.emplace_back(dtype_of(kOp, tensor), bytes_of(tensor));
+    in_double = in_double || values.back().first == DType::f64;
+  }
+  std::vector<double> sums(chunks.size());
+  parallel(static_cast<int64_t>(chunks.size()), kChunk * 0.1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const auto [dtype, data] = values[chunks[i].tensor];
+      sums[i] = kernels.sum_of_squares(dtype, data, chunks[i].begin, chunks[i].end);
+    }
+  });
+  double sum = 0;
+  for (const double part : sums) sum += part;
+  Tensor norm = torch::stable::new_empty(tensors.at(0), {}, in_double ? ScalarType::Double : ScalarType::Float);
+  if (in_double) {
+    *reinterpret_cast<double*>(mutable_bytes_of(norm)) = std::sqrt(sum);
+  } else {
+    *reinterpret_cast<float*>(mutable_bytes_of(norm)) = static_cast<float>(std::sqrt(sum));
+  }
+  return norm;
+}
 
 // Lists of equal length, contiguous; copies is empty or of that length
 void adamw_ema_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors emas, Tensors copies,
                 std::optional<Tensor> grad_scale, double lr, double beta1, double beta2, double eps,
                 double weight_decay, int64_t step, double ema_decay) {
-  const char* op = "adamw_ema";
+  check_list("params", Kind::like_param, params, params);
+  check_list("grads", Kind::like_param, grads, params);
+  check_list("exp_avgs", Kind::accumulator, exp_avgs, params);
+  check_list("exp_avg_sqs", Kind::accumulator, exp_avg_sqs, params);
+  check_list("emas", Kind::accumulator, emas, params);
+  if (!copies.empty()) check_list("copies", Kind::sixteen_bit, copies, params);
   AdamHyper hyper{lr, beta1, beta2, eps, weight_decay, ema_decay, 0, 0, 1};
   hyper.step_size = lr / (1 - std::pow(beta1, static_cast<double>(step)));
   hyper.bias2_sqrt = std::sqrt(1 - std::pow(beta2, static_cast<double>(step)));
   if (grad_scale.has_value()) hyper.grad_scale = *data_of<float>(grad_scale);
 
-  struct Chunk {
-    const AdamTensor* tensor;
-    int64_t begin, end;
-  };
   std::vector<AdamTensor> tensors(params.size());
-  std::vector<Chunk> chunks;
   for (size_t i = 0; i < params.size(); ++i) {
     AdamTensor& t = tensors[i];
-    t.dtype = dtype_of(op, params[i]);
+    t.dtype = dtype_of(kOp, params[i]);
     t.param = mutable_bytes_of(params[i]), t.grad = bytes_of(grads[i]);
     t.m = mutable_bytes_of(exp_avgs[i]), t.v = mutable_bytes_of(exp_avg_sqs[i]), t.ema = mutable_bytes_of(emas[i]);
     t.copy = copies.empty() ? nullptr : mutable_bytes_of(copies[i]);
-    t.copy_dtype = copies.empty() ? DType::f32 : dtype_of(op, copies[i]);
-    const int64_t count = params[i].numel();
-    for (int64_t begin = 0; begin < count; begin += kChunk) {
-      chunks.push_back({&t, begin, std::min(begin + kChunk, count)});
-    }
+    t.copy_dtype = copies.empty() ? DType::f32 : dtype_of(kOp, copies[i]);
   }
+  const auto chunks = chunks_of(params);
   const auto& kernels = MASKDM_KERNELS(adamw_ema_kernels);
   parallel(static_cast<int64_t>(chunks.size()), kChunk, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) kernels.run(*chunks[i].tensor, hyper, chunks[i].begin, chunks[i].end);
+    for (int64_t i = begin; i < end; ++i) kernels.run(tensors[chunks[i].tensor], hyper, chunks[i].begin, chunks[i].end);
   });
 }
 
@@ -53,6 +119,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(maskdm_fast, m) {
       "adamw_ema_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
       "Tensor(d!)[] emas, Tensor(e!)[] copies, Tensor? grad_scale, float lr, float beta1, float beta2, float eps, "
       "float weight_decay, int step, float ema_decay) -> ()");
+  m.def("global_norm(Tensor[] tensors) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(maskdm_fast, CPU, m) { m.impl("adamw_ema_", TORCH_BOX(&maskdm::adamw_ema_)); }
+STABLE_TORCH_LIBRARY_IMPL(maskdm_fast, CPU, m) {
+  m.impl("adamw_ema_", TORCH_BOX(&maskdm::adamw_ema_));
+  m.impl("global_norm", TORCH_BOX(&maskdm::global_norm));
+}

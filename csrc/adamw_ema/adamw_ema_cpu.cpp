@@ -53,8 +53,29 @@ void run(const AdamTensor& t, const AdamHyper& h, int64_t begin, int64_t end) {
   dispatch_floating(t.dtype, [&](auto* type) { run_typed<std::remove_pointer_t<decltype(type)>>(t, h, begin, end); });
 }
 
+// In double, so that neither large nor many values overflow or are lost.
+template <class T>
+double sum_of_squares_typed(const T* values, int64_t count) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < count; ++i) {
+    const double value = static_cast<double>(to_acc(values[i]));
+    sum += value * value;
+  }
+  return sum;
+}
+
+double sum_of_squares(DType dtype, const char* values, int64_t begin, int64_t end) {
+  double sum = 0;
+  dispatch_floating(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    sum = sum_of_squares_typed(reinterpret_cast<const T*>(values) + begin, end - begin);
+  });
+  return sum;
+}
+
 }  // namespace
 
-const AdamwEmaKernels adamw_ema_kernels = {run};
+const AdamwEmaKernels adamw_ema_kernels = {run, sum_of_squares};
 
 }  // namespace maskdm::MASKDM_ISA

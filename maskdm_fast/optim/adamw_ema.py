@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskdm_fast.ops import adamw_ema
+from maskdm_fast.ops.adamw_ema.op import adamw_ema, global_norm
 from maskdm_fast.ops.checks import accumulate_dtype
 
 
@@ -78,27 +78,25 @@ class AdamWEMA(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        grads = [param.grad for group in self.param_groups for param in group["params"] if param.grad is not None]
-        self.grad_norm = torch.nn.utils.get_total_norm(grads)
+        groups = []
+        for group in self.param_groups:
+            pairs = [(param, param.grad) for param in group["params"]]
+            groups.append([(param, grad) for param, grad in pairs if grad is not None])
+        self.grad_norm = global_norm([grad for pairs in groups for _, grad in pairs])
         grad_scale = None
         if self.max_grad_norm is not None:
             grad_scale = (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0).to(torch.float32)
-        for group in self.param_groups:
+        for group, pairs in zip(self.param_groups, groups, strict=True):
             # One call for all parameters of one age: after an unfreeze, ages within a group differ.
-            by_step: dict[int, list[Tensor]] = {}
-            for param in group["params"]:
-                if param.grad is not None:
-                    state = self._state_of(param)
-                    state["step"] += 1
-                    by_step.setdefault(state["step"], []).append(param)
-            for step, params in by_step.items():
-                states = [self.state[param] for param in params]
+            by_step: dict[int, list[tuple[Tensor, ...]]] = {}
+            for param, grad in pairs:
+                state = self._state_of(param)
+                state["step"] = step = state["step"] + 1
+                row = (param, grad, state["exp_avg"], state["exp_avg_sq"], state["ema"])
+                by_step.setdefault(step, []).append(row)
+            for step, rows in by_step.items():
                 adamw_ema(
-                    params,
-                    [param.grad for param in params],
-                    [state["exp_avg"] for state in states],
-                    [state["exp_avg_sq"] for state in states],
-                    [state["ema"] for state in states],
+                    *zip(*rows, strict=True),
                     lr=group["lr"],
                     betas=group["betas"],
                     eps=group["eps"],

@@ -101,6 +101,8 @@ WRONG = [
     (lambda: _adamw(params=[torch.zeros(6)[::2]]), ValueError, r"params\[0\] is not contiguous"),
     (lambda: _adamw(emas=[torch.zeros(6)[::2]]), ValueError, r"emas\[0\] is not contiguous"),
     (lambda: _adamw(exp_avgs=[torch.zeros(3).half()]), TypeError, r"exp_avgs\[0\] has dtype float16, want float32"),
+    (lambda: _adamw(grads=[torch.zeros(3, device="meta")]), ValueError, r"grads\[0\] is on meta, want cpu"),
+    (lambda: _adamw(backend="reference", emas=[torch.zeros(2)]), ValueError, r"emas\[0\] has shape \[2\], want \[3\]"),
     (lambda: _adamw(copies=[torch.zeros(3)]), TypeError, r"copies\[0\] has dtype float32, want float16 or bfloat16"),
     (lambda: _adamw(grad_scale=torch.zeros(1)), ValueError, r"grad_scale has shape \[1\], want \[\]"),
     (lambda: _adamw(step=0), ValueError, "step is 0, outside its range"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from maskdm_fast import ops
+from maskdm_fast.ops.adamw_ema.op import global_norm
 from maskdm_fast.optim import AdamWEMA
 from maskdm_fast.optim.adamw_ema import ema_decay_at
 from maskdm_fast.testing import draw
@@ -45,6 +46,20 @@ def test_matches_torch(backend, max_grad_norm):
     # The clipping factor is float32 in the fused step.
     for out, want in zip([*ours, *optimizer.ema_parameters()], [*theirs, *ema], strict=True):
         torch.testing.assert_close(out.detach(), want.detach(), rtol=1e-6, atol=1e-7)
+
+
+def test_norm_of_large_and_small_values():
+    """Squares that float32 cannot hold, gradients of several dtypes, and no gradient at all."""
+    big = [torch.tensor([3e30, 4e30])]
+    assert torch.allclose(global_norm(big), torch.tensor(5e30))
+    mixed = [torch.full((3, 3), 2.0), torch.full((7,), 1.0, dtype=torch.bfloat16), torch.ones(5, 2).double().T]
+    for backend in ("reference", "cpu"):
+        norm = global_norm(mixed, backend=backend)
+        assert norm.dtype == torch.float64 and norm.item() == pytest.approx((36 + 7 + 10) ** 0.5)
+    assert global_norm([]) == 0.0
+    optimizer = AdamWEMA(_params(), lr=0.1, max_grad_norm=1.0)
+    optimizer.step()
+    assert optimizer.grad_norm == 0.0
 
 
 def test_ema_warm_up():

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskdm_fast.ops.adamw_ema.op import adamw_ema
+from maskdm_fast.ops.adamw_ema.op import adamw_ema, global_norm
 from maskdm_fast.ops.checks import accumulate_dtype
 from maskdm_fast.testing import draw, restride
 
@@ -90,6 +90,7 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device | str, seed
 
 
 def call(inputs: dict[str, Any], backend: str) -> dict[str, Tensor]:
+    norm = global_norm(inputs["grads"], backend=backend)
     adamw_ema(**inputs, backend=backend)
     written = ("params", "exp_avgs", "exp_avg_sqs", "emas", "copies")
-    return {f"{name}[{i}]": tensor for name in written for i, tensor in enumerate(inputs[name])}
+    return {"norm": norm} | {f"{name}[{i}]": tensor for name in written for i, tensor in enumerate(inputs[name])}

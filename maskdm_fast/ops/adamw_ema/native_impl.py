@@ -7,6 +7,12 @@ from maskdm_fast.ops import backend
 
 if backend.has_native():
     _step = torch.ops.maskdm_fast.adamw_ema_.default
+    _norm = torch.ops.maskdm_fast.global_norm.default
+
+    @torch.library.register_fake("maskdm_fast::global_norm")
+    def _norm_fake(tensors: list[Tensor]) -> Tensor:
+        in_double = any(tensor.dtype == torch.float64 for tensor in tensors)
+        return tensors[0].new_empty((), dtype=torch.float64 if in_double else torch.float32)
 
     @torch.library.register_fake("maskdm_fast::adamw_ema_")
     def _fake(
@@ -26,6 +32,10 @@ if backend.has_native():
         ema_decay: float,
     ) -> None:
         return None
+
+
+def global_norm(tensors: list[Tensor]) -> Tensor:
+    return _norm([tensor.contiguous() for tensor in tensors])
 
 
 def step_(

@@ -40,6 +40,28 @@ def _check_list(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor]) 
         raise ValueError(f"{_OP}: {label} is not contiguous, and it is written in place")
 
 
+def _check_lists(lists: tuple[Sequence[Tensor], ...]) -> None:
+    params, grads, exp_avgs, exp_avg_sqs, emas, copies = lists
+    device = params[0].device
+    for index, param in enumerate(params):
+        if param.dtype not in FLOATING or param.device != device:
+            check_dtype(_OP, f"params[{index}]", param, FLOATING)
+            check_device(_OP, f"params[{index}]", param, device)
+        if not param.is_contiguous():
+            raise ValueError(f"{_OP}: params[{index}] is not contiguous, and it is written in place")
+    _check_list("grads", grads, params)
+    _check_list("exp_avgs", exp_avgs, params)
+    _check_list("exp_avg_sqs", exp_avg_sqs, params)
+    _check_list("emas", emas, params)
+    if copies:
+        _check_list("copies", copies, params)
+
+
+def _native_checks(lists: tuple[Sequence[Tensor], ...]) -> bool:
+    """Whether the native step will look at the lists itself: eagerly, and with everything on the CPU."""
+    return not torch.compiler.is_compiling() and all(tensor.is_cpu for tensors in lists for tensor in tensors)
+
+
 @torch.no_grad()
 def adamw_ema(
     params: Sequence[Tensor],
@@ -89,19 +111,8 @@ def adamw_ema(
     """
     if not params:
         return
-    device = params[0].device
-    for index, param in enumerate(params):
-        if param.dtype not in FLOATING or param.device != device:
-            check_dtype(_OP, f"params[{index}]", param, FLOATING)
-            check_device(_OP, f"params[{index}]", param, device)
-        if not param.is_contiguous():
-            raise ValueError(f"{_OP}: params[{index}] is not contiguous, and it is written in place")
-    _check_list("grads", grads, params)
-    _check_list("exp_avgs", exp_avgs, params)
-    _check_list("exp_avg_sqs", exp_avg_sqs, params)
-    _check_list("emas", emas, params)
-    if copies:
-        _check_list("copies", copies, params)
+    lists = (params, grads, exp_avgs, exp_avg_sqs, emas, copies)
+    chosen = backends.choose(_OP, params[0].device, backend)
     if grad_scale is not None:
         check_dtype(_OP, "grad_scale", grad_scale, (torch.float32,))
         check_shape(_OP, "grad_scale", grad_scale)
@@ -118,7 +129,31 @@ def adamw_ema(
     ):
         if not good:
             raise ValueError(f"{_OP}: {name} is {value}, outside its range")
-    IMPL[backends.choose(_OP, params[0].device, backend)].step_(
-        list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), list(emas), list(copies), grad_scale,
-        lr, beta1, beta2, eps, weight_decay, step, ema_decay,
-    )  # fmt: skip
+    native = chosen == "cpu" and _native_checks(lists)
+    if not native:
+        _check_lists(lists)
+    try:
+        IMPL[chosen].step_(*map(list, lists), grad_scale, lr, beta1, beta2, eps, weight_decay, step, ema_decay)
+    except RuntimeError:
+        if native:
+            _check_lists(lists)  # raises what the native check found, in the words of the other ops
+        raise
+
+
+@torch.no_grad()
+def global_norm(tensors: Sequence[Tensor], *, backend: str | None = None) -> Tensor:
+    """L2 norm of all values of `tensors`: ``sqrt(sum_i sum x_i^2)``, the global norm that clips gradients.
+
+    Args:
+        tensors: float32, float16, bfloat16 or float64, of any shapes and strides, on one device.
+        backend: ``"reference"`` or ``"cpu"``; None chooses.
+
+    Returns:
+        A scalar, float64 if one of `tensors` is, else float32; 0 for an empty list. Summed in float64 by ``"cpu"``.
+
+    Raises:
+        RuntimeError: the named backend cannot run.
+    """
+    if not tensors:
+        return torch.zeros(())
+    return IMPL[backends.choose("global_norm", tensors[0].device, backend)].global_norm(list(tensors))

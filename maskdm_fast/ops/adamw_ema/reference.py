@@ -2,7 +2,13 @@
 
 import math
 
+import torch
 from torch import Tensor
+
+
+def global_norm(tensors: list[Tensor]) -> Tensor:
+    dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    return torch.stack([torch.linalg.vector_norm(tensor, dtype=dtype) for tensor in tensors]).norm()
 
 
 def step_(
