@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from maskdm_fast.ops import backend as backends
+from maskdm_fast.ops.autograd import once_differentiable
 from maskdm_fast.ops.checks import FLOATING, check_dtype
 from maskdm_fast.ops.gelu import native_impl, reference
 

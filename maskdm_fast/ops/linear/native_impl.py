@@ -19,44 +19,59 @@ if backend.has_native():
         return x.new_empty(x.shape[1], x.shape[0]), x.new_empty(x.shape[1] if with_sums else 0)
 
 
-if backend.has_onednn():
-    _product = torch.ops.mkldnn._linear_pointwise.default
-    _product_add = torch.ops.mkldnn._linear_pointwise.binary
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    if residual is None:
+        return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
 
 
-def _by_onednn(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and x.numel() > 0 and backend.has_onednn()
+# Inductor lowers oneDNN's products by itself, for constant weights alone: a graph gets an operator that it cannot open.
+_library = torch.library.Library("maskdm_fast", "FRAGMENT")
+_library.define("linear_product(Tensor x, Tensor weight, Tensor? bias, Tensor? residual) -> Tensor")
+_library.impl("linear_product", _multiply, "CPU")
+
+
+@torch.library.register_fake("maskdm_fast::linear_product")
+def _product_fake(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """``x W^T + bias + residual`` by oneDNN."""
+    if torch.compiler.is_compiling():
+        return torch.ops.maskdm_fast.linear_product.default(x, weight, bias, residual)
+    return _multiply(x, weight, bias, residual)
+
+
+def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+    return x.dtype == torch.float32 and x.numel() > 0 and weight.numel() > 0 and backend.has_onednn()
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    if not (_by_onednn(x) and weight.numel() > 0):
-        out = F.linear(x, weight, bias)
-        return out if residual is None else out + residual
-    if residual is None:
-        return _product(x, weight, bias, "none", [], "")
-    if torch.compiler.is_compiling():  # PyTorch has no fake for the other form, and the compiler fuses the addition
-        return _product(x, weight, bias, "none", [], "") + residual
-    return _product_add(x, residual, weight, bias, "add")
+    if _by_onednn(x, weight):
+        return _product(x, weight, bias, residual)
+    out = F.linear(x, weight, bias)
+    return out if residual is None else out + residual
 
 
 def backward(
     grad: Tensor, x: Tensor, weight: Tensor, with_x: bool, with_weight: bool, with_bias: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    if not (_by_onednn(x) and weight.numel() > 0):
+    if not _by_onednn(x, weight):
         return (
             grad @ weight if with_x else None,
             grad.t() @ x if with_weight else None,
             grad.sum(0) if with_bias else None,
         )
-    grad_x = _product(grad, weight.t(), None, "none", [], "") if with_x else None
+    grad_x = _product(grad, weight.t()) if with_x else None
     grad_weight = grad_bias = None
     if with_weight and grad.shape[1] <= x.shape[1]:
         grad_t, sums = _transpose(grad, with_bias)
         grad_bias = sums if with_bias else None
-        grad_weight = _product(grad_t, x.t(), None, "none", [], "")
+        grad_weight = _product(grad_t, x.t())
     elif with_weight:
         x_t, _ = _transpose(x, False)
-        grad_weight = _product(x_t, grad.t(), None, "none", [], "").t()
+        grad_weight = _product(x_t, grad.t()).t()
     if with_bias and grad_bias is None:
         grad_bias = grad.sum(0)
     return grad_x, grad_weight, grad_bias
