@@ -71,7 +71,7 @@ def backward(
         grad_weight = _product(grad_t, x.t())
     elif with_weight:
         x_t, _ = _transpose(x, False)
-        grad_weight = _product(x_t, grad.t()).t()
+        grad_weight, _ = _transpose(_product(x_t, grad.t()), False)
     if with_bias and grad_bias is None:
         grad_bias = grad.sum(0)
     return grad_x, grad_weight, grad_bias
