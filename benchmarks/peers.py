@@ -47,11 +47,13 @@ class Task:
     def check_parity(self, function: Function) -> None:
         """Raise AssertionError unless `function` gives what ours gives."""
         for index, (have, want) in enumerate(zip(self.check(function), self.check(self.ours), strict=True)):
+            # Long sums in another order cancel to small values with the error of large ones.
+            largest = want.abs().max().item() if want.numel() else 0.0
             torch.testing.assert_close(
                 have,
                 want,
                 rtol=2e-4,
-                atol=2e-5,
+                atol=2e-5 * max(1.0, largest),
                 msg=lambda text, i=index: f"{self.op}, {self.case}, result {i}: {text}",
             )
 
