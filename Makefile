@@ -1,7 +1,7 @@
 # make demo      train, sample and score on real images; writes runs/demo/report.html
 # make test      the whole test suite
 # make lint      style of Python and C++
-# make bench     measure every op against plain PyTorch; writes benchmarks/results/
+# make bench     measure ops, train steps and sampling against plain PyTorch; writes benchmarks/results/ and the tables
 # make sanitize  the ops' tests on kernels built with GCC's AddressSanitizer and UndefinedBehaviorSanitizer
 # make clean     remove what was built (not .venv, not runs/)
 #
@@ -35,6 +35,9 @@ format: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.ops --save $(ARGS)
+	$(BIN)/python -m benchmarks.step --save $(ARGS)
+	$(BIN)/python -m benchmarks.sampling --save $(ARGS)
+	$(BIN)/python -m benchmarks.readme
 
 # A build of its own, beside the installed one. The sanitizer's runtime must come first in the process, and what it
 # intercepts of libstdc++ must be there by then; Python itself leaks by design. --capture=sys lets its reports through.

@@ -134,9 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     result = report([options.op] if options.op else list(peers.BUILDERS), repeats=options.repeats)
     if options.save:
-        harness.RESULTS.mkdir(exist_ok=True)
-        path = harness.RESULTS / f"ops-{harness.machine_slug(result['machine'])}.json"
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        harness.save(result, "ops")
     print(json.dumps(result) if options.json else table(result))
 
 

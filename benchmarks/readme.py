@@ -1,12 +1,11 @@
-"""Write the table of the README from benchmarks/results: ``python -m benchmarks.readme``."""
+"""Write the tables of the README and of docs/measure.md from benchmarks/results: ``python -m benchmarks.readme``."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import RESULTS
+from benchmarks.harness import RESULTS, ROOT
 
-README = Path(__file__).resolve().parents[1] / "README.md"
 BEGIN, END = "<!-- made by python -m benchmarks.readme -->\n", "<!-- end -->"
 
 
@@ -15,34 +14,89 @@ def _ratio(row: dict[str, Any], peer: str) -> str:
     return "" if time is None else f"{time / row['ms']['ours']:.2f} x"
 
 
-def table(result: dict[str, Any]) -> str:
-    """Markdown: how many times as long plain PyTorch takes, eager and compiled, in the same run."""
+def _source(result: dict[str, Any]) -> str:
     machine, versions = result["machine"], result["versions"]
+    return (
+        f"{machine['cpu']} ({machine['isa']}), {machine['threads']} threads, torch {versions['torch']}, commit "
+        f"{result['commit'][:9]}; `{result['command']}`"
+    )
+
+
+def step_table(step: dict[str, Any], sampling: dict[str, Any]) -> str:
+    """Markdown: a train step and a sampling loop, and how many times as long the others take."""
+    peers = {
+        "plain": "plain PyTorch",
+        "compiled": "compiled",
+        "official_way": "published way",
+        "matmul": "torch.mm alone",
+    }
     lines = [
-        "| op, forward and backward | case | time | PyTorch eager | compiled |",
-        "|---|---|--:|--:|--:|",
+        f"| float32 | ours | {' | '.join(peers.values())} | masking efficiency |",
+        f"|---|--:{'|--:' * len(peers)}|--:|",
     ]
-    for row in result["rows"]:
-        cells = (f"`{row['op']}`", row["case"], f"{row['ms']['ours']:.2f} ms", _ratio(row, "eager"))
-        lines.append(f"| {' | '.join(cells)} | {_ratio(row, 'compiled')} |")
+    for row in step["rows"]:
+        masked = f"{row['mask_ratio']:.0%} masked" if row["mask_ratio"] else "whole images"
+        cells = [f"train step, `{row['size']}`, {masked}, batch {row['batch']}", f"{row['ms']['ours']:.0f} ms"]
+        cells += [_ratio(row, peer) for peer in peers]
+        lines.append(f"| {' | '.join(cells)} | {row['masking_efficiency'] or ''} |")
+    for row in sampling["rows"]:
+        name = f"{row['num_steps']} steps of DDIM, `{row['size']}`, {row['num_images']} images"
+        times = f"{row['ms']['ours']:.0f} ms | {_ratio(row, 'plain')} | {_ratio(row, 'compiled')}"
+        lines.append(f"| {name} | {times} | | | |")
     lines += [
         "",
-        f"How many times as long plain PyTorch takes: float32, medians of interleaved repeats in one process. "
-        f"{machine['cpu']} ({machine['isa']}), {machine['threads']} threads, torch {versions['torch']}, commit "
-        f"{result['commit'][:9]}; `{result['command']}`.",
+        "How many times as long the others take, medians of interleaved repeats in one process, after a check that "
+        "losses, gradients and images agree. *Plain PyTorch* is the same network and step as well written as PyTorch "
+        "allows; *torch.mm alone* is nothing but the step's matrix products; *masking efficiency* is the time that "
+        f"masking saves over the arithmetic that it saves. {_source(step)} and `{sampling['command']}`.",
     ]
     return "\n".join(lines) + "\n"
 
 
-def updated(text: str) -> str:
-    """`text` of the README with its table made anew from every result file."""
-    before, _, rest = text.partition(BEGIN)
+def ops_table(result: dict[str, Any]) -> str:
+    """Markdown: every op, and how many times as long plain PyTorch takes, eager and compiled."""
+    lines = [
+        "| op, forward and backward | case | time | PyTorch eager | compiled | GB/s |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    for row in result["rows"]:
+        cells = (f"`{row['op']}`", row["case"], f"{row['ms']['ours']:.2f} ms", _ratio(row, "eager"))
+        lines.append(f"| {' | '.join(cells)} | {_ratio(row, 'compiled')} | {row['gb_per_s']:.0f} |")
+    lines += [
+        "",
+        "How many times as long plain PyTorch takes: float32, medians of interleaved repeats in one process. GB/s "
+        "counts every input read once and every output written once; a large copy reaches "
+        f"{result['rows'][0]['copy_gb_per_s']:.0f}. {_source(result)}.",
+        "",
+        "A call on empty inputs, microseconds: "
+        + ", ".join(f"`{row['op']}` {row['ours']:.0f} (eager {row['eager']:.0f})" for row in result["overhead_us"])
+        + ".",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _results(name: str) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{name}-*.json"))]
+
+
+def pages() -> dict[Path, str]:
+    """The text between the marks of each page, from every result file."""
+    steps = zip(_results("step"), _results("sampling"), strict=True)
+    return {
+        ROOT / "README.md": "\n".join(step_table(*pair) for pair in steps),
+        ROOT / "docs" / "measure.md": "\n".join(ops_table(result) for result in _results("ops")),
+    }
+
+
+def updated(path: Path, table: str) -> str:
+    """The text of a page with the part between its marks made anew; ValueError if it has no marks."""
+    before, _, rest = path.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not end:
-        raise ValueError(f"{README.name} has no lines {BEGIN.strip()!r} and {END!r}")
-    tables = [table(json.loads(path.read_text())) for path in sorted(RESULTS.glob("ops-*.json"))]
-    return before + BEGIN + "\n".join(tables) + END + after
+        raise ValueError(f"{path.name} has no lines {BEGIN.strip()!r} and {END!r}")
+    return before + BEGIN + table + END + after
 
 
 if __name__ == "__main__":
-    README.write_text(updated(README.read_text()))
+    for page, content in pages().items():
+        page.write_text(updated(page, content))

@@ -224,7 +224,7 @@ class SharedConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: matrix products in bfloat16 (autocast); weights, optimizer and loss stay float32."""
     class_conditional: bool = False
-    """Tell the network the class of each image; --model.num-classes is then taken from the data set."""
+    """Tell the network the class of each image; --num-classes is then taken from the data set."""
     model: UViTConfig = CONFIGS["emoji32"]
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
