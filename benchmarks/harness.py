@@ -1,8 +1,10 @@
 """What every benchmark shares: interleaved timing, and the record of where it ran."""
 
+import argparse
 import ctypes
 import gc
 import json
+import logging
 import os
 import platform
 import re
@@ -128,3 +130,25 @@ def save(result: Mapping[str, Any], name: str) -> Path:
     path = RESULTS / f"{name}-{machine_slug(result['machine'])}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path
+
+
+def command_line(name: str, description: str, *, repeats: int) -> argparse.ArgumentParser:
+    """The options that every benchmark has; `prepare` reads and obeys them."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description.partition("\n")[0])
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument("--save", action="store_true", help=f"also write benchmarks/results/{name}-<machine>.json")
+    parser.add_argument("--repeats", type=int, default=repeats, help="samples of each function (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
+    return parser
+
+
+def prepare(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
+    """Parse, and set the process up for measuring."""
+    options = parser.parse_args(arguments)
+    if options.repeats < 1 or options.threads < 1:
+        parser.error("--repeats and --threads must be at least 1")
+    torch.set_num_threads(options.threads)
+    keep_freed_memory()
+    # Inductor looks for a CUDA toolkit and warns where there is no GPU.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    return options

@@ -4,9 +4,7 @@ Every row is measured in one process: after a check that all functions agree, th
 The peers are in `benchmarks.peers`; of several eager or compiled ways the fastest counts.
 """
 
-import argparse
 import json
-import logging
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -117,21 +115,11 @@ def table(result: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line; see ``--help``."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ops", description=__doc__.partition("\n")[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    parser.add_argument("--save", action="store_true", help="also write benchmarks/results/ops-<machine>.json")
+    parser = harness.command_line("ops", __doc__, repeats=21)
     parser.add_argument(
         "--op", choices=list(peers.BUILDERS), help="only this op (gather_tokens includes scatter_tokens)"
     )
-    parser.add_argument("--repeats", type=int, default=21, help="samples of each function (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
-    options = parser.parse_args(arguments)
-    if options.repeats < 1 or options.threads < 1:
-        parser.error("--repeats and --threads must be at least 1")
-    torch.set_num_threads(options.threads)
-    harness.keep_freed_memory()
-    # Inductor looks for a CUDA toolkit and warns where there is no GPU.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    options = harness.prepare(parser, arguments)
     result = report([options.op] if options.op else list(peers.BUILDERS), repeats=options.repeats)
     if options.save:
         harness.save(result, "ops")

@@ -1,9 +1,7 @@
 """Measure 50 steps of DDIM against the same loop in plain PyTorch: ``python -m benchmarks.sampling``."""
 
-import argparse
 import itertools
 import json
-import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -92,15 +90,8 @@ def measure(size: str, *, num_images: int, num_steps: int, repeats: int, compile
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line; see ``--help``."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sampling", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a line")
-    parser.add_argument("--save", action="store_true", help="also write benchmarks/results/sampling-<machine>.json")
-    parser.add_argument("--repeats", type=int, default=7, help="samples of each function (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    harness.keep_freed_memory()
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    parser = harness.command_line("sampling", __doc__, repeats=7)
+    options = harness.prepare(parser, arguments)
     result = harness.environment()
     result["rows"] = [measure("emoji32", num_images=64, num_steps=50, repeats=options.repeats)]
     if options.save:

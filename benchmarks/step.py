@@ -9,10 +9,8 @@ Contestants, which take turns in one process after a check that their losses and
 - matmul: nothing but the matrix products of the step (Linears, and q k^T and p v of attention, forward and backward).
 """
 
-import argparse
 import dataclasses
 import json
-import logging
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -29,6 +27,8 @@ from maskdm_fast.random import Stream
 from maskdm_fast.train.config import DenoisingConfig, DiffusionConfig, RunConfig
 from maskdm_fast.train.engine import OptimizerSettings, PlainEngine, World
 from maskdm_fast.train.stages import Batch, DenoisingStage
+
+NAMES = ("ours", "plain", "compiled", "official_way", "matmul")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,12 +181,12 @@ class Contest:
 
 
 def measure(case: Case, *, repeats: int, compile_peer: bool = True) -> dict[str, Any]:
-    """One row: ``{size, mask_ratio, batch, gflop, ms: {ours, plain, compiled, official_way, matmul}}``."""
+    """One row: ``{size, mask_ratio, batch, gflop, ms: {ours, plain, compiled, official_way, matmul}}``; None for a peer left out."""
     torch._dynamo.reset()
     contest = Contest(case, compile_peer=compile_peer)
     contest.check_parity()
     times = harness.interleave(contest.functions(), repeats)
-    milliseconds = {name: round(time, 3) for name, time in times.items()}
+    milliseconds = {name: round(times[name], 3) if name in times else None for name in NAMES}
     return {**dataclasses.asdict(case), "gflop": round(flops(case) * 1e-9, 2), "ms": milliseconds}
 
 
@@ -208,15 +208,14 @@ def add_efficiency(rows: list[dict[str, Any]]) -> None:
 
 def table(result: dict[str, Any]) -> str:
     """`result` for people."""
-    names = ("ours", "plain", "compiled", "official_way", "matmul")
     lines = [
-        f"{'size':<10}{'masked':>7}{'batch':>6}" + "".join(f"{name:>14}" for name in names) + f"{'efficiency':>12}"
+        f"{'size':<10}{'masked':>7}{'batch':>6}" + "".join(f"{name:>14}" for name in NAMES) + f"{'efficiency':>12}"
     ]
     for row in result["rows"]:
         times = row["ms"]
         cells = "".join(
-            f"{times[name]:8.1f} {times[name] / times['matmul']:4.2f}x" if name in times else f"{'-':>14}"
-            for name in names
+            f"{times[name]:8.1f} {times[name] / times['matmul']:4.2f}x" if times[name] else f"{'-':>14}"
+            for name in NAMES
         )
         lines.append(
             f"{row['size']:<10}{row['mask_ratio']:>7.0%}{row['batch']:>6}{cells}{row['masking_efficiency'] or '-':>12}"
@@ -226,19 +225,10 @@ def table(result: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line; see ``--help``."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.partition("\n")[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    parser.add_argument("--save", action="store_true", help="also write benchmarks/results/step-<machine>.json")
+    parser = harness.command_line("step", __doc__, repeats=11)
     parser.add_argument("--size", choices=sorted({case.size for case in CASES}), help="only this size")
     parser.add_argument("--no-compile", action="store_true", help="leave the compiled peer out (it takes minutes)")
-    parser.add_argument("--repeats", type=int, default=11, help="samples of each function (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
-    options = parser.parse_args(arguments)
-    if options.repeats < 1 or options.threads < 1:
-        parser.error("--repeats and --threads must be at least 1")
-    torch.set_num_threads(options.threads)
-    harness.keep_freed_memory()
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    options = harness.prepare(parser, arguments)
     result = harness.environment()
     cases = [case for case in CASES if options.size in (None, case.size)]
     result["rows"] = []
