@@ -181,7 +181,7 @@ class Contest:
 
 
 def measure(case: Case, *, repeats: int, compile_peer: bool = True) -> dict[str, Any]:
-    """One row: ``{size, mask_ratio, batch, gflop, ms: {ours, plain, compiled, official_way, matmul}}``; None for a peer left out."""
+    """One row: ``{size, mask_ratio, batch, gflop, ms}``, ms by `NAMES`, None for a peer that was left out."""
     torch._dynamo.reset()
     contest = Contest(case, compile_peer=compile_peer)
     contest.check_parity()
