@@ -135,7 +135,7 @@ def status(implementations: dict[str, dict[str, ModuleType]]) -> dict[str, dict[
 
 
 def native_info() -> dict[str, Any]:
-    """How the native library was built and what it picked here: path, ISA level, compiler, CUDA toolkit."""
+    """How the native library was built (compiler, CUDA toolkit), and what runs here: ISA level, float32 products."""
     record = LIBRARY_FOLDER / "build.json"
     info: dict[str, Any] = {
         "library": str(CPU_LIBRARY) if has_native() else None,
@@ -145,6 +145,7 @@ def native_info() -> dict[str, Any]:
     if has_native():
         level = torch.ops.maskdm_fast.cpu_isa_level()
         info["isa"] = f"x86-64-v{level}" if level else "base"
+    info["products"] = "oneDNN" if onednn_is_faster(torch.float32) else "PyTorch's choice"
     return info
 
 
