@@ -25,7 +25,8 @@ std::vector<Chunk> chunks_of(const Tensors& tensors) {
   std::vector<Chunk> chunks;
   for (size_t i = 0; i < tensors.size(); ++i) {
     const int64_t count = tensors[i].numel();
-    for (int64_t begin = 0; begin < count; begin += kChunk) chunks.push_back({i, begin, std::min(begin + kChunk, count)});
+    for (int64_t begin = 0; begin < count; begin += kChunk)
+      chunks.push_back({i, begin, std::min(begin + kChunk, count)});
   }
   return chunks;
 }

@@ -53,16 +53,16 @@ void run(const AdamTensor& t, const AdamHyper& h, int64_t begin, int64_t end) {
   dispatch_floating(t.dtype, [&](auto* type) { run_typed<std::remove_pointer_t<decltype(type)>>(t, h, begin, end); });
 }
 
-// In double, so that neither large nor many values overflow or are lost.
+// In double or better, so that neither large nor many values overflow or are lost.
 template <class T>
 double sum_of_squares_typed(const T* values, int64_t count) {
-  double sum = 0;
+  wider_t<T> sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < count; ++i) {
-    const double value = static_cast<double>(to_acc(values[i]));
+    const auto value = static_cast<wider_t<T>>(to_acc(values[i]));
     sum += value * value;
   }
-  return sum;
+  return static_cast<double>(sum);
 }
 
 double sum_of_squares(DType dtype, const char* values, int64_t begin, int64_t end) {

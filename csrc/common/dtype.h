@@ -32,6 +32,18 @@ struct accumulate<double> {
 template <class T>
 using accumulate_t = typename accumulate<T>::type;
 
+// The type of long sums, the next wider one: accurate also where a compiler does not spread the loop over lanes.
+template <class T>
+struct wider {
+  using type = double;
+};
+template <>
+struct wider<double> {
+  using type = long double;
+};
+template <class T>
+using wider_t = typename wider<T>::type;
+
 inline uint32_t bits_of(float x) {
   uint32_t u;
   std::memcpy(&u, &x, 4);

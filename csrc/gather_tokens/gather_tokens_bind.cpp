@@ -69,22 +69,23 @@ std::tuple<Tensor, Tensor> scatter_tokens_bwd(Tensor grad, Tensor ids_keep, std:
   check_ids(op, ids, segments, num_tokens, /*distinct=*/true);
 
   Tensor grad_x = to_x ? rows_for(ids_keep, grad, width) : torch::stable::new_empty(grad, {0});
-  Tensor grad_base = to_base ? torch::stable::new_empty(grad, {num_images, num_tokens, width})
-                             : torch::stable::new_empty(grad, {0});
+  Tensor grad_base =
+      to_base ? torch::stable::new_empty(grad, {num_images, num_tokens, width}) : torch::stable::new_empty(grad, {0});
   const int64_t image_bytes = grad.stride(0) * item, token_bytes = grad.stride(1) * item, row_bytes = width * item;
   const char* rows = bytes_of(grad);
-  const GatherArgs gather{segments, num_tokens, row_bytes, ids, rows, image_bytes, token_bytes, mutable_bytes_of(grad_x)};
-  const ScatterArgs scatter{segments, num_tokens,  row_bytes,   ids,
-                            nullptr,  rows,        image_bytes, token_bytes,
-                            mutable_bytes_of(grad_base)};
+  const GatherArgs gather{segments, num_tokens,  row_bytes,   ids,
+                          rows,     image_bytes, token_bytes, mutable_bytes_of(grad_x)};
+  const ScatterArgs scatter{
+      segments, num_tokens, row_bytes, ids, nullptr, rows, image_bytes, token_bytes, mutable_bytes_of(grad_base)};
   const auto& kernels = MASKDM_KERNELS(gather_tokens_kernels);
-  parallel(num_images, static_cast<double>(num_tokens * row_bytes) * kNanosecondsPerByte, [&](int64_t begin, int64_t end) {
-    Scratch source(num_tokens * sizeof(int64_t));
-    for (int64_t b = begin; b < end; ++b) {
-      if (to_x) kernels.gather(gather, b, b + 1);
-      if (to_base) kernels.scatter(scatter, reinterpret_cast<int64_t*>(source.get()), b, b + 1);
-    }
-  });
+  parallel(num_images, static_cast<double>(num_tokens * row_bytes) * kNanosecondsPerByte,
+           [&](int64_t begin, int64_t end) {
+             Scratch source(num_tokens * sizeof(int64_t));
+             for (int64_t b = begin; b < end; ++b) {
+               if (to_x) kernels.gather(gather, b, b + 1);
+               if (to_base) kernels.scatter(scatter, reinterpret_cast<int64_t*>(source.get()), b, b + 1);
+             }
+           });
   return {grad_x, grad_base};
 }
 

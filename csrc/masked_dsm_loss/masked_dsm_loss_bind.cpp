@@ -74,7 +74,8 @@ Tensor masked_dsm_loss_bwd(Tensor grad_loss, Tensor pred, Tensor target, std::op
   const int64_t stride = mean ? 0 : grad_loss.stride(0);
   std::vector<double> scale(num_images);
   for (int64_t b = 0; b < num_images; ++b) {
-    const int64_t tokens = MASKDM_ISA::segment_begin(args.segments, b + 1) - MASKDM_ISA::segment_begin(args.segments, b);
+    const int64_t tokens =
+        MASKDM_ISA::segment_begin(args.segments, b + 1) - MASKDM_ISA::segment_begin(args.segments, b);
     const double shares = static_cast<double>(std::max<int64_t>(1, tokens * args.width) * (mean ? num_images : 1));
     scale[b] = read(args.dtype, upstream, b * stride) / shares;
     if (weights != nullptr) scale[b] *= read(args.dtype, weights, b);

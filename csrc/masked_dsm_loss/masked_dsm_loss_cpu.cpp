@@ -5,16 +5,6 @@
 namespace maskdm::MASKDM_ISA {
 namespace {
 
-// Sums are in the next wider type: accurate for long images, also where a compiler does not spread the loop over lanes.
-template <class T>
-struct wider {
-  using type = double;
-};
-template <>
-struct wider<double> {
-  using type = long double;
-};
-
 struct Mse {
   template <class A>
   static A value(A d, A) {
@@ -70,7 +60,7 @@ void value_typed(const LossArgs& a, int64_t image_begin, int64_t image_end) {
   const A delta = static_cast<A>(a.delta);
   for (int64_t b = image_begin; b < image_end; ++b) {
     const auto [count, pred, target] = image_at<T>(a, b);
-    typename wider<T>::type sum = 0;
+    wider_t<T> sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < count; ++i) sum += Kind::value(difference<A>(pred[i], target[i]), delta);
     a.raw[b] = count > 0 ? static_cast<double>(sum / count) : 0.0;
