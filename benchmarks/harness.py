@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +90,15 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout, with -dirty if a tracked file differs from it; None outside a repository."""
-    command = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return result.stdout.strip() or None
+    """The commit of the checkout, with -dirty if its code differs from it; None outside a repository."""
+    git = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
+    commit = git(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
+    if not commit:
+        return None
+    # Results and pages are what benchmarks write.
+    written = [":(exclude)benchmarks/results", ":(exclude)*.md", ":(exclude)docs"]
+    changed = git(["git", "diff", "--quiet", "HEAD", "--", ".", *written]).returncode != 0
+    return commit + "-dirty" * changed
 
 
 def environment() -> dict[str, Any]:
