@@ -54,10 +54,24 @@ def has_native() -> bool:
     return _CPU_LIBRARY_MISSING is None
 
 
-# On processors with AVX-512 that are not Intel's, MKL stays with AVX2, half the width.
-_MKL_LEAVES_AVX512_IDLE = (
-    has_native() and torch.ops.maskdm_fast.cpu_isa_level() == 4 and not torch.ops.maskdm_fast.cpu_is_intel()
-)
+PRODUCTS_VARIABLE = "MASKDM_FAST_PRODUCTS"
+
+
+def _prefer_onednn() -> bool:
+    """Whether float32 products go to oneDNN: by the environment variable, else by the processor.
+
+    On processors with AVX-512 that are not Intel's, MKL, behind PyTorch's own products, runs AVX2 code, half as wide.
+    """
+    wanted = os.environ.get(PRODUCTS_VARIABLE) or "auto"
+    if wanted not in ("auto", "onednn", "pytorch"):
+        raise ValueError(f"{PRODUCTS_VARIABLE} is {wanted!r}, want auto, onednn or pytorch")
+    if not has_native() or wanted == "pytorch":
+        return False
+    isa_level, is_intel = torch.ops.maskdm_fast.cpu_isa_level(), torch.ops.maskdm_fast.cpu_is_intel()
+    return wanted == "onednn" or (isa_level == 4 and not is_intel)
+
+
+_PREFER_ONEDNN = _prefer_onednn()
 
 
 def has_onednn() -> bool:
@@ -66,8 +80,8 @@ def has_onednn() -> bool:
 
 
 def onednn_is_faster(dtype: torch.dtype) -> bool:
-    """Whether `linear` runs by itself on oneDNN; a rule and no measurement, so that every run takes the same way."""
-    return dtype == torch.float32 and _MKL_LEAVES_AVX512_IDLE and has_onednn()
+    """Whether `linear` runs by itself on oneDNN; decided by no measurement, so that a resumed run repeats."""
+    return dtype == torch.float32 and _PREFER_ONEDNN and has_onednn()
 
 
 def is_named(backend: str | None) -> bool:

@@ -44,8 +44,32 @@ def test_autocast(bias):
     assert given["weight"].grad.dtype == torch.float32
 
 
-def test_the_choice_is_a_rule_of_the_processor():
-    """float32 alone; and the same answer every time, so that a resumed run multiplies as before."""
+def test_the_meta_device_gives_shapes():
+    given = {name: value.detach().to("meta") for name, value in inputs().items()}
+    assert ops.linear(**given).shape == (2, 7, 5)
+    assert ops.gelu(given["x"]).shape == (2, 7, 12)
+
+
+def test_only_float32_goes_to_onednn():
     assert not backend.onednn_is_faster(torch.float64)
     assert not backend.onednn_is_faster(torch.bfloat16)
-    assert len({backend.onednn_is_faster(torch.float32) for _ in range(3)}) == 1
+
+
+@pytest.mark.parametrize(("wanted", "expected"), [("onednn", True), ("pytorch", False)])
+def test_the_environment_names_the_library(monkeypatch, wanted, expected):
+    monkeypatch.setenv(backend.PRODUCTS_VARIABLE, wanted)
+    assert backend._prefer_onednn() == (expected and backend.has_native())
+
+
+@pytest.mark.parametrize(("level", "intel", "expected"), [(4, False, True), (4, True, False), (3, False, False)])
+def test_the_rule_is_by_instruction_set_and_vendor(monkeypatch, level, intel, expected):
+    monkeypatch.delenv(backend.PRODUCTS_VARIABLE, raising=False)
+    monkeypatch.setattr(torch.ops.maskdm_fast, "cpu_isa_level", lambda: level)
+    monkeypatch.setattr(torch.ops.maskdm_fast, "cpu_is_intel", lambda: intel)
+    assert backend._prefer_onednn() == expected
+
+
+def test_an_unknown_library_is_an_error(monkeypatch):
+    monkeypatch.setenv(backend.PRODUCTS_VARIABLE, "mkl")
+    with pytest.raises(ValueError, match="MASKDM_FAST_PRODUCTS is 'mkl', want auto, onednn or pytorch"):
+        backend._prefer_onednn()

@@ -65,7 +65,7 @@ def linear(
     """``x W^T + b + residual``.
 
     Nothing here multiplies better than a library does; what is chosen is the library. Where it runs by itself is
-    `backends.onednn_is_faster`: float32 on a processor with AVX-512 that MKL does not use, as on AMD's, oneDNN takes
+    `backend.onednn_is_faster`: float32 on a processor with AVX-512 that MKL does not use, as on AMD's, oneDNN takes
     half the time of `torch.mm` (docs/kernels.md). Elsewhere, and under autocast, this is `F.linear` and an addition.
 
     Args:
@@ -82,7 +82,8 @@ def linear(
         ValueError, TypeError: wrong shape or device; wrong dtype.
         RuntimeError: the named backend cannot run; a second derivative is asked of ``"cpu"`` or a named backend.
     """
-    if backend is None and torch.is_autocast_enabled(x.device.type):
+    # The meta device, on which networks are counted, has no autocast, and asking about it is an error.
+    if backend is None and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         return _by_pytorch(x, weight, bias, residual)
     check_dtype(_OP, "x", x, FLOATING)
     check_shape(_OP, "weight", weight, "O", "I")
