@@ -89,8 +89,10 @@ class DenoisingConfig:
     """Stop after this many seconds of training, counted over all resumes, without set-up, checkpoints and previews."""
     batch_size: int = 128
     """Images per optimizer step, over all processes."""
+    optimizer: Literal["adamw", "lamb"] = "adamw"
+    """adamw; lamb scales the step of each tensor to its norm, which keeps very large batches stable."""
     lr: float = 2e-4
-    """Learning rate of AdamW after the warm-up; constant from there on."""
+    """Learning rate after the warm-up; constant from there on."""
     warmup_images: int = 0
     """Linear warm-up: step k = 1, 2, ... uses lr * min(1, k * batch_size / warmup_images), so even step 1 learns."""
     betas: tuple[float, float] = (0.9, 0.99)
@@ -161,7 +163,11 @@ class MachineConfig:
     """Where and how the work is done. May change when a run is resumed: it alters results by rounding at most."""
 
     device: str = "auto"
-    """auto (a GPU if there is one), cpu, cuda or cuda:INDEX."""
+    """auto (a GPU if there is one), cpu, cuda or cuda:INDEX. Of several processes each takes the GPU of its own."""
+    engine: Literal["auto", "plain", "ddp", "zero1", "zero2", "zero3", "zero3-offload"] = "auto"
+    """How training is spread over processes: plain (one process), ddp (each holds all and they share the work), DeepSpeed
+    ZeRO (zero1: optimizer and moving average are divided among them, zero2: gradients too, zero3: weights too,
+    zero3-offload: in the memory of the CPU). auto: the first of them whose memory is estimated to fit."""
     micro_batch_size: int | None = None
     """Images per forward pass; the gradients of a batch are accumulated. None: the whole batch at once."""
     activation_checkpointing: bool = False
@@ -169,11 +175,19 @@ class MachineConfig:
     memory for about a third more arithmetic."""
     compile: bool = False
     """Compile the network's blocks with torch.compile; the first steps wait for the compiler."""
-    optimizer: Literal["adamw-ema", "apex-fused-adam"] = "adamw-ema"
+    optimizer_kernel: Literal["maskdm_fast", "apex"] = "maskdm_fast"
     """Who computes the optimizer's step: one kernel of ours, or NVIDIA apex's FusedAdam with the moving average beside
     it. The checkpoints are the same."""
     layer_norm: Literal["pytorch", "apex"] = "pytorch"
     """Who computes the layer norms: PyTorch, or NVIDIA apex's FusedLayerNorm."""
+    cuda_graph: bool = False
+    """On a GPU with plain or ddp: record forward and backward pass once and replay them, which frees the host from
+    launching them one by one."""
+    data_device: Literal["auto", "cpu", "device"] = "auto"
+    """Where the packed images are kept: memory-mapped (cpu), or whole in the memory of the GPU (device). auto: there if
+    they fit easily."""
+    stall_seconds: float = 600.0
+    """Report rank and stack of a step that takes longer, and end the process when it takes twice as long."""
     cache_dir: str | None = None
     """Where packed data sets are kept; None: $XDG_CACHE_HOME/maskdm_fast, or ~/.cache/maskdm_fast."""
 
@@ -226,8 +240,9 @@ class SharedConfig:
     seed: int = 0
     """Seed of every random draw: initial weights, data order, masks, time steps, noise. Stage n of a recipe uses
     seed + n - 1."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: matrix products in bfloat16 (autocast); weights, optimizer and loss stay float32."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """bf16, fp16: matrix products in 16 bits, fp16 with a loss scale; the trained weights, optimizer and loss stay
+    float32."""
     class_conditional: bool = False
     """Tell the network the class of each image; --num-classes is then taken from the data set."""
     model: UViTConfig = CONFIGS["emoji32"]
