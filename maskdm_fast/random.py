@@ -89,7 +89,10 @@ def bits(num: int, *, seed: int, stream: Stream, step: int | Tensor, slots: Tens
     check_seed(seed)
     num_blocks = (num + 3) // 4
     block = torch.arange(num_blocks, device=slots.device).expand(slots.shape[0], num_blocks)
-    step = torch.as_tensor(step, device=slots.device).expand(slots.shape)
+    if not isinstance(step, Tensor):
+        # Written by a kernel: a copy from the host would wait for everything that is queued on the device.
+        step = torch.full((), step, dtype=torch.int64, device=slots.device)
+    step = step.expand(slots.shape)
     words = philox4x32((block, slots[:, None], step[:, None], torch.full_like(block, int(stream))), seed)
     return torch.stack(words, dim=-1).flatten(1)[:, :num]
 

@@ -249,7 +249,7 @@ def karras_levels(place: Tensor, least: float, greatest: float, rho: float = 7.0
     Source: Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models", NeurIPS 2022,
     equation 5.
     """
-    return torch.lerp(place.new_tensor(greatest ** (1 / rho)), place.new_tensor(least ** (1 / rho)), place) ** rho
+    return torch.lerp(place.new_full((), greatest ** (1 / rho)), place.new_full((), least ** (1 / rho)), place) ** rho
 
 
 def even_places(num_steps: int) -> Tensor:
