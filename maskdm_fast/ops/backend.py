@@ -11,6 +11,9 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
+import resource
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -319,6 +322,32 @@ def devices() -> dict[str, Any]:
 def default_device() -> torch.device:
     """The device that training and sampling use when none is named: the first CUDA device, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of a CUDA device's memory that no process holds."""
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until `device` has done what was launched so far. The CPU never lags behind, and what is recorded into a
+    CUDA graph does not run yet."""
+    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes so far: on CUDA of tensors on `device`, on the CPU of all memory that this process held (its peak
+    resident set)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Linux hands getrusage's peak on to the programs that a process starts; this one is the program's own.
+    status = Path("/proc/self/status")
+    found = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
+    if found:
+        return int(found[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def package_versions() -> dict[str, str | None]:
