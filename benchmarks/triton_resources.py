@@ -139,7 +139,7 @@ _VARIATIONS: dict[str, tuple[dict[str, Any], ...]] = {
     ),
     "gather_tokens": ({"packed": True},),
     "masked_dsm_loss": ({"packed": True}, {"kind": "l1"}, {"kind": "huber"}, {"reduction": "none"}),
-    "adamw_ema": ({"copy": "bfloat16"}, {"clipped": False}),
+    "adamw_ema": ({"copy": "bfloat16"}, {"clipped": False}, {"in_memory": True, "found_inf": 0.0}),
 }
 
 

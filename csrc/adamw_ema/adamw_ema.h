@@ -7,7 +7,8 @@
 //   ema   += (1 - ema_decay) (param - ema)
 //   copy   = param, rounded to a 16-bit type                 where a copy is asked for
 //
-// One pass: 5 reads and 4 writes (or 5) per parameter.
+// One pass: 5 reads and 4 writes (or 5) per parameter. Nothing of it happens where found_inf is given and not 0: the
+// step of gradients that are not finite.
 //
 // sum_of_squares is the part of the gradients' norm: 1 read per value.
 #pragma once
@@ -35,8 +36,8 @@ struct AdamwEmaKernels {
 
 MASKDM_DECLARE_KERNELS(AdamwEmaKernels, adamw_ema_kernels)
 
-// On a GPU pointers are to its memory. Where one of the last three is given, the number that it points to counts instead
-// of the one above.
+// On a GPU pointers are to its memory. Where lr_tensor, step_tensor or ema_decay_tensor is given, the number that it
+// points to counts instead of the one above.
 struct AdamCudaHyper {
   double lr, beta1, beta2, eps, weight_decay, ema_decay;
   int64_t step;
@@ -44,6 +45,7 @@ struct AdamCudaHyper {
   const float* lr_tensor;
   const int64_t* step_tensor;
   const double* ema_decay_tensor;
+  const float* found_inf;  // or null: 0
 };
 
 // No f64; counts[i] is the number of parameters of tensors[i].

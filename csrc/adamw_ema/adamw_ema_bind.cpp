@@ -61,8 +61,10 @@ Tensor global_norm(Tensors tensors) {
 void adamw_ema_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors emas, Tensors copies,
                 std::optional<Tensor> grad_scale, double lr, double beta1, double beta2, double eps,
                 double weight_decay, int64_t step, double ema_decay, std::optional<Tensor> lr_tensor,
-                std::optional<Tensor> step_tensor, std::optional<Tensor> ema_decay_tensor) {
+                std::optional<Tensor> step_tensor, std::optional<Tensor> ema_decay_tensor,
+                std::optional<Tensor> found_inf) {
   check_lists(kOp, params, grads, exp_avgs, exp_avg_sqs, emas, copies);
+  if (found_inf.has_value() && *data_of<float>(found_inf) != 0) return;
   if (lr_tensor.has_value()) lr = *data_of<float>(lr_tensor);
   if (step_tensor.has_value()) step = *data_of<int64_t>(step_tensor);
   if (ema_decay_tensor.has_value()) ema_decay = *data_of<double>(ema_decay_tensor);

@@ -38,7 +38,8 @@ Tensor global_norm(Tensors tensors) {
 void adamw_ema_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors emas, Tensors copies,
                 std::optional<Tensor> grad_scale, double lr, double beta1, double beta2, double eps,
                 double weight_decay, int64_t step, double ema_decay, std::optional<Tensor> lr_tensor,
-                std::optional<Tensor> step_tensor, std::optional<Tensor> ema_decay_tensor) {
+                std::optional<Tensor> step_tensor, std::optional<Tensor> ema_decay_tensor,
+                std::optional<Tensor> found_inf) {
   check_lists(kOp, params, grads, exp_avgs, exp_avg_sqs, emas, copies);
   check_device(kOp, "params", params, params.at(0));
   check_device(kOp, "grads", grads, params[0]);
@@ -63,7 +64,8 @@ void adamw_ema_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg
                             data_of<float>(grad_scale),
                             data_of<float>(lr_tensor),
                             data_of<int64_t>(step_tensor),
-                            data_of<double>(ema_decay_tensor)};
+                            data_of<double>(ema_decay_tensor),
+                            data_of<float>(found_inf)};
   const CudaScope scope(params[0]);
   adamw_ema_cuda(tensors.data(), counts.data(), static_cast<int64_t>(tensors.size()), hyper, scope.stream());
 }

@@ -4,7 +4,8 @@
 // beforehand. One block updates one chunk of 8192 parameters of one tensor, which it finds by bisection: a thread holds 4
 // parameters at a time, in 16-byte accesses of float lists and 8-byte ones of 16-bit lists. The last parameters of a
 // tensor, and all of one that does not begin on such a boundary, go one by one. lr, step, ema_decay and the clipping
-// factor are read from memory where they are tensors, so that a CUDA graph replays with what they hold then.
+// factor are read from memory where they are tensors, so that a CUDA graph replays with what they hold then. So is
+// found_inf, first of all: where it is not 0 a block reads and writes nothing else.
 //
 // The norm has 16-byte reads of chunks of 16384 values, up to 140 tensors a launch; squares and sums are in double, as
 // trees of fixed shape; one more block adds the sums of the chunks.
@@ -66,6 +67,7 @@ struct AdamScalars {
   const float *grad_scale, *lr_tensor;
   const int64_t* step_tensor;
   const double* ema_decay_tensor;
+  const float* found_inf;
 };
 
 struct AdamLaunch {
@@ -163,6 +165,7 @@ __device__ void update_chunk(const AdamTensor& t, const Update& update, int64_t 
 
 // One block: one chunk of one tensor.
 __global__ void __launch_bounds__(kThreads) adamw_ema_kernel(AdamLaunch launch) {
+  if (launch.scalars.found_inf != nullptr && *launch.scalars.found_inf != 0) return;
   const uint32_t index = launch.batch.find(blockIdx.x);
   const AdamItem item = launch.batch.items[index];
   const Update update(launch.scalars);
@@ -262,7 +265,7 @@ AdamScalars scalars_of(const AdamCudaHyper& h) {
   s.inverse_bias2 = static_cast<float>(1 / std::sqrt(1 - std::pow(h.beta2, step)));
   s.log_beta1 = static_cast<float>(std::log(h.beta1)), s.log_beta2 = static_cast<float>(std::log(h.beta2));
   s.grad_scale = h.grad_scale, s.lr_tensor = h.lr_tensor;
-  s.step_tensor = h.step_tensor, s.ema_decay_tensor = h.ema_decay_tensor;
+  s.step_tensor = h.step_tensor, s.ema_decay_tensor = h.ema_decay_tensor, s.found_inf = h.found_inf;
   return s;
 }
 

@@ -44,9 +44,16 @@ class AdamWEMA(torch.optim.Optimizer):
         ema_decay: in [0, 1].
         max_grad_norm: scale all gradients so that their global L2 norm is at most this; None: no clipping.
         capturable: keep what changes from step to step on the device.
+        compute_grad_norm: whether a step takes the global norm of the gradients. False where this optimizer holds a
+            part of them only and whoever shards them clips and unscales: then `max_grad_norm` must be None.
+
+    Attributes:
+        grad_norm: of the last step, 0-d on the device: the global norm of the gradients, without their loss scale and
+            before clipping; None where it is not computed.
+        found_inf: of the last step, 0-d float32 on the device: 1 if it was skipped, else 0; None without a loss scale.
 
     Raises:
-        ValueError: a value outside its range.
+        ValueError: a value outside its range; clipping without the norm.
     """
 
     def __init__(
@@ -59,6 +66,7 @@ class AdamWEMA(torch.optim.Optimizer):
         ema_decay: float = 0.9999,
         max_grad_norm: float | None = None,
         capturable: bool = False,
+        compute_grad_norm: bool = True,
     ) -> None:
         if (not isinstance(lr, Tensor) and lr < 0) or eps < 0 or weight_decay < 0:
             raise ValueError(f"AdamWEMA: lr {lr}, eps {eps} and weight_decay {weight_decay} must not be negative")
@@ -68,11 +76,15 @@ class AdamWEMA(torch.optim.Optimizer):
             raise ValueError(f"AdamWEMA: ema_decay is {ema_decay}, want it in [0, 1]")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"AdamWEMA: max_grad_norm is {max_grad_norm}, want a positive number or None")
+        if max_grad_norm is not None and not compute_grad_norm:
+            raise ValueError(f"AdamWEMA: max_grad_norm is {max_grad_norm}, which takes compute_grad_norm=True")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "ema_decay": ema_decay}
         self.capturable = capturable
         super().__init__(params, defaults)
         self.max_grad_norm = max_grad_norm
-        self.grad_norm: Tensor | None = None  # global norm before clipping, of the last step
+        self.compute_grad_norm = compute_grad_norm
+        self.grad_norm: Tensor | None = None
+        self.found_inf: Tensor | None = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As for every torch optimizer."""
@@ -107,8 +119,8 @@ class AdamWEMA(torch.optim.Optimizer):
             self._place_steps(dict.fromkeys(new, 0))
         return states
 
-    def _count_on_device(self, states: list[dict[str, Any]]) -> None:
-        """Add 1 to the steps of `states`, each tensor once."""
+    def _count_on_device(self, states: list[dict[str, Any]], increment: int | Tensor) -> None:
+        """Add `increment` to the steps of `states`, each tensor once."""
         users = Counter(id(state["step"]) for state in self.state.values())
         by_step: dict[int, list[dict[str, Any]]] = {}
         for state in states:
@@ -124,11 +136,50 @@ class AdamWEMA(torch.optim.Optimizer):
                 step = step.clone()
                 for state in members:
                     state["step"] = step
-            step.add_(1)
+            step.add_(increment)
+
+    def _scale_of(self, grads: list[Tensor], loss_scale: Tensor | None) -> Tensor | None:
+        """What gradients are to be multiplied by, float32; sets `grad_norm` and `found_inf`."""
+        self.grad_norm = self.found_inf = None
+        if self.compute_grad_norm:
+            self.grad_norm = global_norm(grads)
+        if loss_scale is not None:
+            self.found_inf = (~self.grad_norm.isfinite()).to(torch.float32)
+            self.grad_norm = self.grad_norm / loss_scale
+        if self.max_grad_norm is None:
+            return None if loss_scale is None else loss_scale.reciprocal()
+        factor = (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0).to(torch.float32)
+        return factor if loss_scale is None else factor / loss_scale
+
+    def _check_loss_scale(self, loss_scale: Tensor) -> None:
+        if not self.capturable or not self.compute_grad_norm:
+            raise ValueError(
+                "AdamWEMA: a loss scale takes capturable=True and compute_grad_norm=True: whether the step is skipped "
+                "is found in the norm of the gradients, and it must not count then"
+            )
+        if not isinstance(loss_scale, Tensor) or loss_scale.dtype != torch.float32 or loss_scale.ndim != 0:
+            raise TypeError(f"AdamWEMA: loss_scale is {loss_scale!r}, want a float32 scalar tensor")
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update every parameter that has a gradient; parameters without one keep their value and EMA."""
+    def step(self, closure: Callable[[], float] | None = None, loss_scale: Tensor | None = None) -> float | None:
+        """Update every parameter that has a gradient; parameters without one keep their value and EMA.
+
+        Args:
+            closure: computes the loss and its gradients anew; called first.
+            loss_scale: float32 scalar tensor on the device, the factor that the gradients carry: they are divided by
+                it. If one of them is not finite, the step changes nothing and does not count, which the device decides
+                without a wait; `found_inf` says so, and `torch._amp_update_scale_` takes it as it is. Needs
+                `capturable`.
+
+        Returns:
+            What `closure` returned.
+
+        Raises:
+            ValueError: `loss_scale` for an optimizer that cannot skip a step.
+            TypeError: `loss_scale` is no float32 scalar tensor; `lr` of a capturable group is a number.
+        """
+        if loss_scale is not None:
+            self._check_loss_scale(loss_scale)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -137,12 +188,9 @@ class AdamWEMA(torch.optim.Optimizer):
             [(param, param.grad) for param in group["params"] if param.grad is not None] for group in self.param_groups
         ]
         states = self._states_of([param for pairs in groups for param, _ in pairs])
+        grad_scale = self._scale_of([grad for pairs in groups for _, grad in pairs], loss_scale)
         if self.capturable:
-            self._count_on_device(states)
-        self.grad_norm = global_norm([grad for pairs in groups for _, grad in pairs])
-        grad_scale = None
-        if self.max_grad_norm is not None:
-            grad_scale = (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0).to(torch.float32)
+            self._count_on_device(states, 1 if self.found_inf is None else self.found_inf == 0)
         state_of_pair = iter(states)
         for group, pairs in zip(self.param_groups, groups, strict=True):
             if self.capturable and not isinstance(group["lr"], Tensor):
@@ -167,6 +215,7 @@ class AdamWEMA(torch.optim.Optimizer):
                     step=step,
                     ema_decay=ema_decay_at(step, group["ema_decay"]),
                     grad_scale=grad_scale,
+                    found_inf=self.found_inf,
                 )
         return loss
 

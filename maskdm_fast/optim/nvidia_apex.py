@@ -30,7 +30,7 @@ class ApexAdamEMA(AdamWEMA):
 
     Clipping and EMA are passes of their own, so one step reads and writes memory more often than `AdamWEMA`: for
     comparison, and for those who trust apex. Gradients are clipped in place. Of 16-bit parameters the EMA averages the
-    rounded values.
+    rounded values. It knows no loss scale.
 
     Args:
         params, ...: as for `AdamWEMA`; on a CUDA device; float32, float16 or bfloat16.

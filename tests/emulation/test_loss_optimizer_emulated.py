@@ -173,6 +173,21 @@ def test_numbers_in_memory_are_read_when_the_kernel_runs(emulated):
             torch.testing.assert_close(out[name], value, rtol=2e-6, atol=1e-7)
 
 
+def test_a_step_that_overflowed_changes_nothing(emulated):
+    params = [draw(shape, torch.float32, "cpu", seed=i).requires_grad_() for i, shape in enumerate([(5, 3), (9000,)])]
+    optimizer = AdamWEMA(params, lr=0.1, max_grad_norm=0.5, capturable=True)
+    for overflows in (True, False, True):
+        for param in params:
+            param.grad = torch.full_like(param, 8.0)
+        if overflows:
+            params[0].grad[1, 2] = float("nan")
+        before = [value.clone() for value in (*params, *optimizer.ema_parameters())]
+        optimizer.step(loss_scale=torch.tensor(8.0))
+        after = (*params, *optimizer.ema_parameters())
+        assert all(torch.equal(*pair) == overflows for pair in zip(before, after, strict=True))
+    assert all(int(optimizer.state[param]["step"]) == 1 for param in params)
+
+
 def test_capturable_optimizer(emulated):
     """Five steps of both kinds of optimizer on the kernels, with a learning rate that changes in place."""
     values = {}

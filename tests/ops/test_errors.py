@@ -116,6 +116,8 @@ WRONG = [
     (lambda: _adamw(backend="reference", emas=[torch.zeros(2)]), ValueError, r"emas\[0\] has shape \[2\], want \[3\]"),
     (lambda: _adamw(copies=[torch.zeros(3)]), TypeError, r"copies\[0\] has dtype float32, want float16 or bfloat16"),
     (lambda: _adamw(grad_scale=torch.zeros(1)), ValueError, r"grad_scale has shape \[1\], want \[\]"),
+    (lambda: _adamw(found_inf=torch.zeros(1)), ValueError, r"found_inf has shape \[1\], want \[\]"),
+    (lambda: _adamw(found_inf=torch.tensor(True)), TypeError, "found_inf has dtype bool, want float32"),
     (lambda: _adamw(step=0), ValueError, "step is 0, outside its range"),
     (lambda: _adamw(step=torch.tensor(1.0)), TypeError, "step has dtype float32, want int64"),
     (lambda: _adamw(lr=torch.ones(1)), ValueError, r"lr has shape \[1\], want \[\]"),

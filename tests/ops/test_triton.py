@@ -232,6 +232,19 @@ def test_adamw_ema_reads_numbers_on_the_device(beta1):
         )
 
 
+def test_adamw_ema_skips_what_is_not_finite():
+    inputs = _adamw_inputs(found_inf=torch.ones((), device=DEVICE))
+    before = {name: [value.clone() for value in inputs[name]] for name in inputs if isinstance(inputs[name], list)}
+    for grad in inputs["grads"]:
+        grad.view(-1)[::3] = float("nan")
+    ops.adamw_ema(**inputs, backend="triton")
+    for name in ("params", "exp_avgs", "exp_avg_sqs", "emas", "copies"):
+        assert all(map(torch.equal, inputs[name], before[name])), name
+    inputs["found_inf"].zero_()
+    ops.adamw_ema(**inputs, backend="triton")
+    assert all(value.isnan().any() for value in inputs["params"])
+
+
 def test_adamw_ema_takes_dtypes_and_alignments_side_by_side():
     """float16 beside float32, tensors that begin inside 16 bytes, and float64, which goes to the reference."""
     from maskdm_fast.ops.adamw_ema import reference, triton_impl
@@ -245,7 +258,7 @@ def test_adamw_ema_takes_dtypes_and_alignments_side_by_side():
         states = (torch.float32, torch.float32, torch.float32, torch.float64)
         lists = [tensors(0, *kinds), tensors(10, *kinds), tensors(20, *states)]
         lists += [[v.square() for v in tensors(30, *states)], tensors(40, *states)]
-        implementation.step_(*lists, [], None, 0.01, 0.9, 0.99, 1e-8, 0.1, 3, 0.9, None, None, None)
+        implementation.step_(*lists, [], None, 0.01, 0.9, 0.99, 1e-8, 0.1, 3, 0.9, None, None, None, None)
         results.append([value for values in lists for value in values])
         results[-1].append(implementation.global_norm(lists[1]))
         results[-1].append(implementation.global_norm(lists[1][:3]))

@@ -194,6 +194,66 @@ def test_a_capturable_step_does_not_wait():
         optimizer.state[params[0]]["step"].item()
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_loss_scale(backend, max_grad_norm, bad):
+    """Scaled gradients give the steps of unscaled ones; of a step that overflowed nothing stays, not even its count."""
+    plain, scaled = _params(torch.float32), _params(torch.float32)
+    arguments = {"lr": 0.1, "weight_decay": 0.05, "ema_decay": 0.6, "max_grad_norm": max_grad_norm, "capturable": True}
+    first, second = AdamWEMA(plain, **arguments), AdamWEMA(scaled, **arguments)
+    scale, tracker, skipped = torch.tensor(2.0**12), torch.zeros((), dtype=torch.int32), []
+    with ops.use_backend(backend):
+        for step, overflows in enumerate([True, False, False, True, False, True, True, False]):
+            _set_grads(plain, step)
+            _set_grads(scaled, step)
+            for param in scaled:
+                param.grad.mul_(scale)
+            if overflows:
+                scaled[step % 3].grad.view(-1)[0] = bad
+            else:
+                first.step()
+            before = [value.clone() for value in (*scaled, *second.ema_parameters())]
+            with _NoReading():
+                second.step(loss_scale=scale)
+                torch._amp_update_scale_(scale, tracker, second.found_inf, 2.0, 0.5, 2)
+            assert second.found_inf.dtype == torch.float32
+            skipped.append(bool(second.found_inf))
+            if overflows:
+                after = (*scaled, *second.ema_parameters())
+                assert not second.grad_norm.isfinite() and all(map(torch.equal, after, before))
+            else:
+                torch.testing.assert_close(second.grad_norm, first.grad_norm)
+            assert _same((plain, first), (scaled, second))  # scales are powers of two, so rounding is the same
+    assert skipped == [True, False, False, True, False, True, True, False]
+    assert [int(second.state[param]["step"]) for param in scaled] == [4, 4, 4]
+    assert scale == 2.0**9  # halved four times, doubled after the one pair of good steps
+
+
+def test_a_loss_scale_needs_what_skips_a_step():
+    params, scale = _params(torch.float32), torch.tensor(8.0)
+    for arguments in ({}, {"capturable": True, "compute_grad_norm": False}):
+        with pytest.raises(ValueError, match="capturable=True and compute_grad_norm=True"):
+            AdamWEMA(params, **arguments).step(loss_scale=scale)
+    for wrong in (8.0, scale.double(), torch.ones(1)):
+        with pytest.raises(TypeError, match="want a float32 scalar tensor"):
+            AdamWEMA(params, capturable=True).step(loss_scale=wrong)
+
+
+def test_without_the_norm(monkeypatch):
+    """Where only a part of the gradients is here, their norm would mean nothing, and costs a pass."""
+    params, same = _params(torch.float32), _params(torch.float32)
+    first, second = AdamWEMA(params, lr=0.1), AdamWEMA(same, lr=0.1, compute_grad_norm=False)
+    _set_grads(params, 1)
+    _set_grads(same, 1)
+    first.step()
+    monkeypatch.setattr("maskdm_fast.optim.adamw_ema.global_norm", None)
+    second.step()
+    assert _same((params, first), (same, second)) and second.grad_norm is None
+    with pytest.raises(ValueError, match="takes compute_grad_norm=True"):
+        AdamWEMA(params, max_grad_norm=1.0, compute_grad_norm=False)
+
+
 @pytest.mark.parametrize("before", [False, True])
 @pytest.mark.parametrize("after", [False, True])
 def test_state_moves_between_kinds(before, after):

@@ -13,7 +13,7 @@ from maskdm_fast.testing import draw, restride
 
 WITH_GRAD = ()
 EXACT = False
-FIXED_DTYPE = ("copies", "grad_scale", "lr", "step", "ema_decay")
+FIXED_DTYPE = ("copies", "grad_scale", "lr", "step", "ema_decay", "found_inf")
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Case:
     copy: str | None = None  # "float16" or "bfloat16"
     grad_layout: str = "contiguous"
     in_memory: bool = False  # lr, step and ema_decay as scalar tensors
+    found_inf: float | None = None
 
 
 CASES = (
@@ -41,6 +42,9 @@ CASES = (
     Case("in_memory", ((3, 5), (7,)), in_memory=True),
     Case("in_memory_first_step", ((33, 5),), step=1, clipped=False, copy="bfloat16", in_memory=True),
     Case("in_memory_late_step", ((9, 5),), step=100_000, in_memory=True),
+    Case("finite", ((3, 5), (7,)), copy="float16", found_inf=0.0),
+    Case("skipped", ((33, 5), (1100,)), copy="bfloat16", found_inf=1.0),
+    Case("skipped_first_step", ((33, 5),), step=0, in_memory=True, found_inf=1.0),
 )
 
 
@@ -67,6 +71,7 @@ def random_case(rng: random.Random) -> Case:
         clipped=rng.random() < 0.5,
         copy=rng.choice([None, "float16", "bfloat16"]),
         in_memory=rng.random() < 0.3,
+        found_inf=rng.choice([None, None, 0.0, 1.0]),
     )
 
 
@@ -94,6 +99,7 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device | str, seed
         "step": number(case.step, torch.int64),
         "ema_decay": number(0.9, torch.float64),
         "grad_scale": torch.tensor(0.3, device=device) if case.clipped else None,
+        "found_inf": None if case.found_inf is None else torch.tensor(case.found_inf, device=device),
     }
 
 

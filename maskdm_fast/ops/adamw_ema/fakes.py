@@ -28,5 +28,6 @@ def adamw_ema_(
     lr_tensor: Tensor | None = None,
     step_tensor: Tensor | None = None,
     ema_decay_tensor: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> None:
     """Nothing: all of it happens in place."""

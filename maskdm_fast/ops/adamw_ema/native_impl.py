@@ -35,9 +35,11 @@ def step_(
     lr_tensor: Tensor | None,
     step_tensor: Tensor | None,
     ema_decay_tensor: Tensor | None,
+    found_inf: Tensor | None,
 ) -> None:
     grads = [grad.contiguous() for grad in grads]
     numbers = (grad_scale, lr, beta1, beta2, eps, weight_decay, step, ema_decay)
-    if lr_tensor is not None or step_tensor is not None or ema_decay_tensor is not None:
-        numbers += (lr_tensor, step_tensor, ema_decay_tensor)
+    in_memory = (lr_tensor, step_tensor, ema_decay_tensor, found_inf)
+    if any(tensor is not None for tensor in in_memory):
+        numbers += in_memory
     _step(params, grads, exp_avgs, exp_avg_sqs, emas, copies, *numbers)

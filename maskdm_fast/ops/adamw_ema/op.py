@@ -92,6 +92,7 @@ def adamw_ema(
     step: int | Tensor,
     ema_decay: float | Tensor,
     grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
     copies: Sequence[Tensor] = (),
     backend: str | None = None,
 ) -> None:
@@ -115,6 +116,8 @@ def adamw_ema(
         step: index of this step, from 1; or an int64 scalar tensor.
         ema_decay: in [0, 1]; or a float64 scalar tensor (in float32, 1 - ema_decay keeps three digits of 0.9999).
         grad_scale: float32 scalar tensor, e.g. the clipping factor; None: 1.
+        found_inf: float32 scalar tensor; where it is not 0 the step changes nothing, whatever the gradients hold, as
+            for a step of mixed precision whose gradients overflowed; None: 0.
         copies: float16 or bfloat16 tensors that receive the new parameters; empty: none.
         backend: ``"reference"``, ``"cpu"``, ``"cuda"`` or ``"triton"``; None chooses.
 
@@ -134,6 +137,8 @@ def adamw_ema(
     device = params[0].device
     if grad_scale is not None:
         _check_scalar("grad_scale", grad_scale, torch.float32, device)
+    if found_inf is not None:
+        _check_scalar("found_inf", found_inf, torch.float32, device)
     lr_tensor = step_tensor = ema_decay_tensor = None
     if isinstance(lr, Tensor):
         lr, lr_tensor = 0.0, _check_scalar("lr", lr, torch.float32, device)
@@ -159,7 +164,7 @@ def adamw_ema(
     try:
         IMPL[chosen].step_(
             *map(list, lists), grad_scale, lr, beta1, beta2, eps, weight_decay, step, ema_decay,
-            lr_tensor, step_tensor, ema_decay_tensor,
+            lr_tensor, step_tensor, ema_decay_tensor, found_inf,
         )  # fmt: skip
     except RuntimeError:
         if native:

@@ -27,20 +27,25 @@ def step_(
     lr_tensor: Tensor | None,
     step_tensor: Tensor | None,
     ema_decay_tensor: Tensor | None,
+    found_inf: Tensor | None,
 ) -> None:
     rate = lr if lr_tensor is None else lr_tensor.double()
     count = step if step_tensor is None else step_tensor.double()
     follow = 1.0 - (ema_decay if ema_decay_tensor is None else ema_decay_tensor)
     bias1, bias2_sqrt = 1.0 - beta1**count, (1.0 - beta2**count) ** 0.5
+
+    def write(out: Tensor, new: Tensor) -> None:
+        out.copy_(new if found_inf is None else torch.where(found_inf != 0, out, new.to(out.dtype)))
+
     for index, (param, grad, m, v, ema) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, emas, strict=True)):
         g = grad.to(m.dtype)
         if grad_scale is not None:
             g = g * grad_scale.to(m.dtype)
-        m.mul_(beta1).add_(g, alpha=1.0 - beta1)
-        v.mul_(beta2).add_(g * g, alpha=1.0 - beta2)
+        write(m, beta1 * m + (1.0 - beta1) * g)
+        write(v, beta2 * v + (1.0 - beta2) * g * g)
         update = m / (v.sqrt() / bias2_sqrt + eps)
         new = param.to(m.dtype) * (1.0 - rate * weight_decay) - (rate / bias1) * update
-        ema.add_((new - ema) * follow)
-        param.copy_(new)
+        write(ema, ema + (new - ema) * follow)
+        write(param, new)
         if copies:
-            copies[index].copy_(param)
+            write(copies[index], param)

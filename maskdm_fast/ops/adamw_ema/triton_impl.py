@@ -2,7 +2,7 @@
 
     g = grad_scale grad,    m = beta1 m + (1 - beta1) g,    v = beta2 v + (1 - beta2) g^2
     p = (1 - lr weight_decay) p - lr m_hat / (sqrt(v_hat) + eps),    ema += (1 - ema_decay) (p - ema)
-    copy = p rounded
+    copy = p rounded;    nothing of it where found_inf is not 0
 
 One launch updates all tensors of one pair of dtypes (parameter and copy). Their addresses and sizes lie in a table on
 the device. A program takes a chunk of _CHUNK values of one tensor, which it finds by binary search. The norm is taken
@@ -83,9 +83,10 @@ def _update(
 def _step_kernel(
     table_ptr,  # rows: p, g, m, v, ema, copy (where there is one), counts, chunks
     grad_scale_ptr,
-    lr_ptr,  # each of these three is None where its value is given
+    lr_ptr,  # it and the next two are None where the value is given
     step_ptr,
     ema_decay_ptr,
+    found_inf_ptr,  # or None: 0
     num_tensors: tl.int32,
     lr: tl.float64,
     beta1: tl.float64,
@@ -114,8 +115,9 @@ def _step_kernel(
         ema_decay = tl.load(ema_decay_ptr)
     scale = 1.0 if grad_scale_ptr is None else tl.load(grad_scale_ptr)
     decay = tl.full((), 1.0 - lr * weight_decay, tl.float32)
-    step_size = tl.full((), lr / bias1, tl.float32)
-    inverse_bias2_sqrt = tl.full((), 1.0 / bias2_sqrt, tl.float32)
+    # Not in float64, whose division takes so many registers that they spill.
+    step_size = tl.full((), lr, tl.float32) / tl.full((), bias1, tl.float32)
+    inverse_bias2_sqrt = 1.0 / tl.full((), bias2_sqrt, tl.float32)
     follow1, follow2 = tl.full((), 1.0 - beta1, tl.float32), tl.full((), 1.0 - beta2, tl.float32)
     follow_ema = tl.full((), 1.0 - ema_decay, tl.float32)
     beta1, beta2 = tl.full((), beta1, tl.float32), tl.full((), beta2, tl.float32)
@@ -123,6 +125,8 @@ def _step_kernel(
 
     COUNTS: tl.constexpr = 5 if COPY_DTYPE is None else 6
     tensor, first, last = _chunk_of(table_ptr, COUNTS, num_tensors, CHUNK)
+    if found_inf_ptr is not None:
+        last = tl.where(tl.load(found_inf_ptr) != 0, first, last)
     p_ptr = _pointer(table_ptr, 0, num_tensors, tensor, DTYPE, ALIGNED)
     g_ptr = _pointer(table_ptr, 1, num_tensors, tensor, DTYPE, ALIGNED)
     m_ptr = _pointer(table_ptr, 2, num_tensors, tensor, tl.float32, ALIGNED)
@@ -242,7 +246,7 @@ def global_norm(tensors: list[Tensor]) -> Tensor:
     "adamw_ema_triton_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     "Tensor(d!)[] emas, Tensor(e!)[] copies, Tensor? grad_scale, float lr, float beta1, float beta2, float eps, "
     "float weight_decay, int step, float ema_decay, Tensor? lr_tensor, Tensor? step_tensor, "
-    "Tensor? ema_decay_tensor) -> ()",
+    "Tensor? ema_decay_tensor, Tensor? found_inf) -> ()",
     fakes.adamw_ema_,
 )
 def step_(
@@ -263,6 +267,7 @@ def step_(
     lr_tensor: Tensor | None,
     step_tensor: Tensor | None,
     ema_decay_tensor: Tensor | None,
+    found_inf: Tensor | None,
 ) -> None:
     lists = [params, [grad.contiguous() for grad in grads], exp_avgs, exp_avg_sqs, emas]
     if copies:
@@ -273,7 +278,7 @@ def step_(
             parts = [[tensors[i] for i in members] for tensors in lists]
             reference.step_(
                 *parts, *([] if copies else [[]]), grad_scale, lr, beta1, beta2, eps, weight_decay, step, ema_decay,
-                lr_tensor, step_tensor, ema_decay_tensor,
+                lr_tensor, step_tensor, ema_decay_tensor, found_inf,
             )  # fmt: skip
             continue
         rows = [[tensors[i].data_ptr() for i in members] for tensors in lists]
@@ -283,8 +288,8 @@ def step_(
             continue
         with backend.current_device_of(params[0]):
             _step_kernel[(num_chunks,)](
-                table, grad_scale, lr_tensor, step_tensor, ema_decay_tensor, len(members), lr, beta1, beta2, log_beta1,
-                log_beta2, eps, weight_decay, 1.0 - beta1**step,
+                table, grad_scale, lr_tensor, step_tensor, ema_decay_tensor, found_inf, len(members), lr, beta1, beta2,
+                log_beta1, log_beta2, eps, weight_decay, 1.0 - beta1**step,
                 math.sqrt(1.0 - beta2**step), ema_decay,
                 DTYPE=_triton_dtype(dtype), COPY_DTYPE=_triton_dtype(copy_dtype[0]) if copies else None,
                 ALIGNED=aligned, CHUNK=_CHUNK, BLOCK=_BLOCK,
