@@ -1,147 +1,65 @@
 """From the name of a data set to an open store: packed the first time, reused while the source is unchanged."""
 
-import concurrent.futures
-import hashlib
 import json
 import logging
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
-import numpy as np
+from maskdm_fast.data.decoding import DecodedStore, decode_range
+from maskdm_fast.data.idx import idx_source, is_idx
+from maskdm_fast.data.latents import is_latents, latent_source
+from maskdm_fast.data.packing import SHARD_BYTES, Source, check_shape, pack, packing_key
+from maskdm_fast.data.sources import UnreadableImagesError, emoji_source, folder_source
+from maskdm_fast.data.store import ImageStore
+from maskdm_fast.data.store_file import LatentScaling, Progress, StoreError, atomic_file
+from maskdm_fast.data.tars import TarSource, is_tars, tar_source
 
-from maskdm_fast.data.idx import IdxSource, idx_source, is_idx, read_images
-from maskdm_fast.data.sources import ImageSource, decode_image, emoji_source, folder_source
-from maskdm_fast.data.store import ImageStore, Progress, StoreError, write_store
+Decoding = Literal["packed", "on-the-fly"]
 
 _log = logging.getLogger(__name__)
-_PACKING = 1  # goes into the cache key: raise it whenever the same files would decode to other bytes
-_CHUNK = 512
-_SHOWN = 10
+_TOLD = 512
 
 
-class UnreadableImagesError(ValueError):
-    """Some image files cannot be decoded; `files` holds pairs (file, reason)."""
-
-    def __init__(self, source: str, total: int, files: list[tuple[str, str]]) -> None:
-        self.files = files
-        more = f"\n  ... and {len(files) - _SHOWN} more" if len(files) > _SHOWN else ""
-        names = "".join(f"\n  {name}: {reason}" for name, reason in files[:_SHOWN])
-        super().__init__(
-            f"{len(files)} of {total} images of {source!r} cannot be read:{names}{more}\n"
-            "Repair or remove them, or leave them out with skip_bad=True (--skip-bad)."
-        )
-
-
-def find_source(name_or_path: str | os.PathLike[str]) -> ImageSource | IdxSource:
-    """`emoji_source` for the name "emoji", `idx_source` where `is_idx` says so, else `folder_source`.
+def find_source(
+    name_or_path: str | os.PathLike[str],
+    *,
+    latents: LatentScaling | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Source:
+    """`emoji_source` for the name "emoji"; else, by what lies there, the first that fits of `idx_source`, `tar_source`,
+    `latent_source` and `folder_source`.
 
     Write "./emoji" for a folder of that name.
-    """
-    if str(name_or_path) == "emoji":
-        return emoji_source()
-    return idx_source(name_or_path) if is_idx(name_or_path) else folder_source(name_or_path)
-
-
-def _packing_key(source: ImageSource | IdxSource, image_size: int, channels: int) -> str:
-    converted = [channels] if channels != source.channels else []
-    return hashlib.sha256(json.dumps([source.fingerprint, image_size, _PACKING, *converted]).encode()).hexdigest()
-
-
-def _decode_all(
-    source: ImageSource, image_size: int, channels: int, bad: list[tuple[str, str]], progress: Progress | None
-) -> Iterator[tuple[np.ndarray, int]]:
-    """Decode in order, in threads (Pillow releases the GIL); damaged files are appended to `bad`."""
-
-    def decode(name: str) -> np.ndarray | str:
-        try:
-            return decode_image(source.root / name, image_size, channels)
-        except ImportError:
-            raise
-        except Exception as error:  # Pillow's decoders raise nearly anything on damaged input
-            return f"{type(error).__name__}: {error}"
-
-    total = len(source.files)
-    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        # In chunks, because `map` queues all its work at once and finished images would pile up.
-        for start in range(0, total, _CHUNK):
-            names = source.files[start : start + _CHUNK]
-            for name, label, image in zip(
-                names, source.labels[start : start + _CHUNK], pool.map(decode, names), strict=True
-            ):
-                if isinstance(image, str):
-                    bad.append((name, image))
-                else:
-                    yield image, label
-            if progress is not None:
-                progress(min(start + _CHUNK, total), total)
-
-
-def _read_all(
-    source: IdxSource, image_size: int, channels: int, progress: Progress | None
-) -> Iterator[tuple[np.ndarray, int]]:
-    total = len(source.labels)
-    for done, image in enumerate(read_images(source, image_size, channels), start=1):
-        yield image, source.labels[done - 1]
-        if progress is not None and (done % _CHUNK == 0 or done == total):
-            progress(done, total)
-
-
-def pack(
-    source: ImageSource | IdxSource,
-    path: str | os.PathLike[str],
-    image_size: int,
-    *,
-    channels: int | None = None,
-    skip_bad: bool = False,
-    progress: Progress | None = None,
-) -> ImageStore:
-    """Decode every image of a source into a store at `path`, and open it.
 
     Args:
-        source: from `find_source`.
-        path: file to make; it appears only when complete. Its folder is made if missing.
-        image_size: side in pixels, >= 1.
-        channels: 1 (grey) or 3 (RGB); None: those of the source.
-        skip_bad: leave unreadable files out, listed in the log and in the store's header.
-        progress: called with (files done, files in all).
+        name_or_path: see above.
+        latents: how latents are scaled; needed for them, and for nothing else.
+        cache_dir: where the index of tar shards is kept; None: nowhere.
+        progress: of that index, called with (shards indexed, shards in all).
 
     Raises:
-        UnreadableImagesError: some files cannot be decoded and `skip_bad` is False.
-        ValueError: `image_size` or `channels` is out of range, no file can be decoded, or an idx file is damaged.
+        FileNotFoundError, ImportError, ValueError: as of those functions; or `latents` is missing, or out of place.
     """
-    if image_size < 1:
-        raise ValueError(f"image_size is {image_size}, want at least 1")
-    channels = source.channels if channels is None else channels
-    if channels not in (1, 3):
-        raise ValueError(f"channels is {channels}, want 1 (grey) or 3 (RGB)")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    bad: list[tuple[str, str]] = []
-
-    def images() -> Iterator[tuple[np.ndarray, int]]:
-        if isinstance(source, IdxSource):
-            yield from _read_all(source, image_size, channels, progress)
-            return
-        yield from _decode_all(source, image_size, channels, bad, progress)
-        if bad and (not skip_bad or len(bad) == len(source.files)):
-            raise UnreadableImagesError(source.name, len(source.files), bad)
-
-    write_store(
-        path,
-        images(),
-        image_size=image_size,
-        channels=channels,
-        class_names=source.class_names,
-        source=source.name,
-        fingerprint=_packing_key(source, image_size, channels),
-        skipped=bad,
-        attribution=source.attribution,
-    )
-    for name, reason in bad:
-        _log.warning("%s: skipped %s (%s)", source.name, name, reason)
-    return ImageStore.open(path)
+    is_emoji = str(name_or_path) == "emoji"
+    if not (is_emoji or is_idx(name_or_path) or is_tars(name_or_path)) and is_latents(name_or_path):
+        if latents is None:
+            raise ValueError(
+                f"{str(name_or_path)!r} holds latents: say how they are scaled, (z - shift) * scale, such as with "
+                "--latent-scale 0.18215 for Stable Diffusion's autoencoder, or 1 if they are scaled already"
+            )
+        return latent_source(name_or_path, latents)
+    if latents is not None:
+        raise ValueError(f"{str(name_or_path)!r} holds no latents: leave out --latent-scale and --latent-shift")
+    if is_emoji:
+        return emoji_source()
+    if is_idx(name_or_path):
+        return idx_source(name_or_path)
+    if is_tars(name_or_path):
+        return tar_source(name_or_path, cache_dir=cache_dir, progress=progress)
+    return folder_source(name_or_path)
 
 
 def open_dataset(
@@ -151,6 +69,9 @@ def open_dataset(
     channels: int | None = None,
     cache_dir: str | os.PathLike[str],
     skip_bad: bool = False,
+    latents: LatentScaling | None = None,
+    decoding: Decoding = "packed",
+    shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
 ) -> ImageStore:
     """Open a data set, packing it into `cache_dir` unless that was done before.
@@ -161,29 +82,42 @@ def open_dataset(
 
     Args:
         name_or_path: "emoji" for the default set; a folder of images (see `folder_source`); MNIST-style idx files (see
-            `idx_source`); or a packed store (a file named ``*.store``), which is opened as it is.
+            `idx_source`); WebDataset tar shards (see `tar_source`); latents (see `latent_source`); or a packed store (a
+            file named ``*.store``), which is opened as it is.
         image_size: side in pixels. Images are centre-cropped to a square and resized; 28x28 pixels of an idx file get a
-            black border instead where `image_size` is 32.
-        channels: 1 (grey) or 3 (RGB), converting if need be; None: 1 of idx files, 3 of image files, those of a store.
+            black border instead where `image_size` is 32. Latents and packed stores must have it.
+        channels: 1 (grey) or 3 (RGB), converting if need be; None: 1 of idx files, 3 of image files, those of a store
+            or of latents.
         cache_dir: folder of the stores; made if missing.
         skip_bad: as in `pack`.
-        progress: as in `pack`; not called where the store is there already.
+        latents: how latents are scaled; None for images, and for a store, which knows.
+        decoding: "on-the-fly" packs nothing: the images of tar shards, and of nothing else, are decoded each time they
+            are asked for. With `skip_bad` all are decoded once to find the bad ones, which are remembered.
+        shard_bytes: as in `pack`.
+        progress: as in `pack`, and before that of tar shards that are indexed; not called where all is there already.
 
     Raises:
         FileNotFoundError: no such file or folder.
         ImportError: Pillow, or for "emoji" its packages, are not installed.
         StoreError: a file named ``*.store`` is none that this version can read.
         UnreadableImagesError: some files cannot be decoded (now or when the store was packed) and `skip_bad` is False.
-        ValueError: the folder has no images, or mixes images with class folders; an idx file is damaged; or a packed
-            store has images of another size or other channels.
+        ValueError: the folder has no images, or mixes images with class folders; a file other than an image is damaged;
+            a packed store or latents are of another size, other channels, or another scale; or something but tar shards
+            is to be decoded on the fly.
     """
     if Path(name_or_path).suffix == ".store" and not Path(name_or_path).is_dir():
-        return _open_packed(Path(name_or_path), image_size, channels)
-    source = find_source(name_or_path)
+        if decoding != "packed":
+            raise ValueError(f"{str(name_or_path)!r} is packed: leave out --decoding {decoding}")
+        return _open_packed(Path(name_or_path), image_size, channels, latents)
+    source = find_source(name_or_path, latents=latents, cache_dir=cache_dir, progress=progress)
     channels = source.channels if channels is None else channels
-    key = _packing_key(source, image_size, channels)
+    check_shape(source, image_size, channels)
+    key = packing_key(source, image_size, channels)
     safe_name = re.sub(r"[^A-Za-z0-9._-]+", "_", source.name)[:80]
-    path = Path(cache_dir) / f"{safe_name}-{image_size}px-{key[:16]}.store"
+    stem = Path(cache_dir) / f"{safe_name}-{image_size}px-{key[:16]}"
+    if decoding == "on-the-fly":
+        return _open_on_the_fly(source, image_size, channels, key, stem, skip_bad=skip_bad, progress=progress)
+    path = stem.with_name(f"{stem.name}.store")
     store = None
     if path.exists():
         try:
@@ -191,19 +125,79 @@ def open_dataset(
         except StoreError as error:
             _log.warning("packing %s again: %s", source.name, error)
     if store is None or store.header.fingerprint != key:
-        store = pack(source, path, image_size, channels=channels, skip_bad=skip_bad, progress=progress)
+        store = pack(
+            source,
+            path,
+            image_size,
+            channels=channels,
+            skip_bad=skip_bad,
+            shard_bytes=shard_bytes,
+            progress=progress,
+        )
     if store.header.skipped and not skip_bad:
         raise UnreadableImagesError(source.name, len(source.labels), list(store.header.skipped))
     return store
 
 
-def _open_packed(path: Path, image_size: int, channels: int | None) -> ImageStore:
+def _open_packed(path: Path, image_size: int, channels: int | None, latents: LatentScaling | None) -> ImageStore:
     store = ImageStore.open(path)
     channels = store.channels if channels is None else channels
     held, want = store.header.shape[1:], (image_size, image_size, channels)
     if held != want:
+        kind = "images" if store.latents is None else "latents"
         raise ValueError(
-            f"{str(path)!r} holds images of {'x'.join(map(str, held))} (height, width, channels), want "
+            f"{str(path)!r} holds {kind} of {'x'.join(map(str, held))} (height, width, channels), want "
             f"{'x'.join(map(str, want))}: pack it again in that shape, or change the model's image_size and channels"
         )
+    if latents is not None and latents != store.latents:
+        held = (
+            "images"
+            if store.latents is None
+            else f"latents of scale {store.latents.scale} and shift {store.latents.shift}"
+        )
+        raise ValueError(
+            f"{str(path)!r} holds {held}, not latents of scale {latents.scale} and shift {latents.shift}: leave out "
+            "--latent-scale and --latent-shift, the store knows them"
+        )
     return store
+
+
+def _open_on_the_fly(
+    source: Source,
+    image_size: int,
+    channels: int,
+    key: str,
+    stem: Path,
+    *,
+    skip_bad: bool,
+    progress: Progress | None,
+) -> DecodedStore:
+    if not isinstance(source, TarSource):
+        raise ValueError(
+            f"{source.name!r} is not made of tar shards, and only those are decoded on the fly: leave out --decoding"
+        )
+    bad = []
+    if skip_bad:
+        path = stem.with_name(f"{stem.name}.bad.json")
+        if not path.exists():
+            found = _find_bad(source, image_size, channels, progress)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(path) as file:
+                file.write(json.dumps(found).encode())
+        bad = [(index, reason) for index, reason in json.loads(path.read_text("utf-8"))]
+        if len(bad) == len(source.labels):
+            raise UnreadableImagesError(source.name, len(bad), [(source.item(index), text) for index, text in bad])
+    return DecodedStore(source, image_size, channels, fingerprint=key, bad=bad)
+
+
+def _find_bad(source: TarSource, image_size: int, channels: int, progress: Progress | None) -> list[tuple[int, str]]:
+    """Number and reason of every image that cannot be decoded."""
+    bad, total = [], len(source.labels)
+    for index, image in enumerate(decode_range(source, 0, total, image_size, channels)):
+        if isinstance(image, str):
+            bad.append((index, image))
+        if progress is not None and ((index + 1) % _TOLD == 0 or index + 1 == total):
+            progress(index + 1, total)
+    for index, reason in bad:
+        _log.warning("%s: skipped %s (%s)", source.name, source.item(index), reason)
+    return bad

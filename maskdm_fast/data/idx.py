@@ -13,6 +13,7 @@ from typing import IO
 
 import numpy as np
 
+from maskdm_fast.data.labels import classes_of_values
 from maskdm_fast.data.sources import digest, resize
 
 _IMAGES_NAME = re.compile(r"(?P<set>.*)images[-.]idx3-ubyte(?P<gz>\.gz)?")
@@ -78,9 +79,7 @@ def idx_source(path: str | os.PathLike[str]) -> IdxSource:
         values = _read_labels(labels_path)
         if len(values) != total:
             raise ValueError(f"{str(path)!r} holds {total} images, but {str(labels_path)!r} {len(values)} labels")
-        classes, indices = np.unique(values, return_inverse=True)
-        # Of equal width, so that folders named after the classes sort like the classes.
-        class_names = tuple(f"{value:0{len(str(classes.max()))}d}" for value in classes)
+        indices, class_names = classes_of_values(values)
         labels = tuple(indices.tolist())
     stats = [
         (file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in (path, labels_path) if file is not None
@@ -89,8 +88,10 @@ def idx_source(path: str | os.PathLike[str]) -> IdxSource:
     return IdxSource(f"{folder}-{match['set'].rstrip('-._') or 'images'}", path, labels, class_names, digest(stats))
 
 
-def read_images(source: IdxSource, image_size: int, channels: int) -> Iterator[np.ndarray]:
-    """Read the images one after the other, in the order of the file.
+def read_images(
+    source: IdxSource, image_size: int, channels: int, start: int = 0, stop: int | None = None
+) -> Iterator[np.ndarray]:
+    """Read the images from `start` to before `stop` (None: all) one after the other, in the order of the file.
 
     Images of 28x28 pixels get a black border of 2 pixels where `image_size` is 32, which keeps every pixel; otherwise
     they are centre-cropped to a square and resized with Lanczos filtering where they have another size.
@@ -105,13 +106,16 @@ def read_images(source: IdxSource, image_size: int, channels: int) -> Iterator[n
         total, height, width = _read_shape(file, source.path, 3)
         border = (_PADDED_SIDE - _MNIST_SIDE) // 2
         padded = (height, width, image_size) == (_MNIST_SIDE, _MNIST_SIDE, _PADDED_SIDE)
-        for start in range(0, total, _CHUNK):
-            count = min(_CHUNK, total - start)
+        stop = total if stop is None else stop
+        file.seek(start * height * width, os.SEEK_CUR)
+        for begin in range(start, stop, _CHUNK):
+            count = min(_CHUNK, stop - begin)
             data = _read(file, count * height * width, source.path)
             for image in np.frombuffer(data, np.uint8).reshape(count, height, width):
                 image = np.pad(image, border) if padded else resize(image, image_size)
                 yield np.repeat(image[..., None], channels, axis=2)
-        _expect_end(file, source.path)
+        if stop == total:
+            _expect_end(file, source.path)
 
 
 def _sets(folder: Path) -> dict[str, Path]:

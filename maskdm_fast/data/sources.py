@@ -9,6 +9,7 @@ import os
 import warnings
 from pathlib import Path
 from types import ModuleType
+from typing import IO
 
 import numpy as np
 
@@ -20,6 +21,20 @@ EMOJI_ATTRIBUTION = (
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 _SKIN_TONES = frozenset({"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"})
 _OTHER = "Other"
+_SHOWN = 10
+
+
+class UnreadableImagesError(ValueError):
+    """Some image files cannot be decoded; `files` holds pairs (file, reason)."""
+
+    def __init__(self, source: str, total: int, files: list[tuple[str, str]]) -> None:
+        self.files = files
+        more = f"\n  ... and {len(files) - _SHOWN} more" if len(files) > _SHOWN else ""
+        names = "".join(f"\n  {name}: {reason}" for name, reason in files[:_SHOWN])
+        super().__init__(
+            f"{len(files)} of {total} images of {source!r} cannot be read:{names}{more}\n"
+            "Repair or remove them, or leave them out with skip_bad=True (--skip-bad)."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +60,14 @@ class ImageSource:
     fingerprint: str
     attribution: str = ""
     channels: int = 3
+
+    def open(self, index: int) -> Path:
+        """What `decode_image` reads for one image."""
+        return self.root / self.files[index]
+
+    def item(self, index: int) -> str:
+        """Name of one image, for messages."""
+        return self.files[index]
 
 
 def digest(value: object) -> str:
@@ -77,10 +100,13 @@ def folder_source(folder: str | os.PathLike[str]) -> ImageSource:
     """
     root = Path(folder)
     if not root.exists():
-        raise FileNotFoundError(f"no folder {str(root)!r}: give a folder of images, idx files, a .store, or 'emoji'")
+        raise FileNotFoundError(
+            f"no folder {str(root)!r}: give a folder of images, idx files, tar shards, latents, a .store, or 'emoji'"
+        )
     if not root.is_dir():
         raise NotADirectoryError(
-            f"{str(root)!r} is a file, and neither a .store nor of idx images: give a folder of images"
+            f"{str(root)!r} is a file, and no .store, idx images, .tar, or latents (.npy, .npz, .safetensors): give a "
+            "folder of images"
         )
     folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     by_class = {name: files for name in folders if (files := _image_files(root / name))}
@@ -146,14 +172,14 @@ def emoji_source() -> ImageSource:
     )
 
 
-def decode_image(path: str | os.PathLike[str], image_size: int, channels: int = 3) -> np.ndarray:
+def decode_image(path: str | os.PathLike[str] | IO[bytes], image_size: int, channels: int = 3) -> np.ndarray:
     """Read one image file as RGB or grey, centre-cropped to a square and resized with Lanczos filtering.
 
     EXIF orientation is applied; transparency is composited on white before the resize, so no dark fringe appears; grey,
     palette and CMYK become RGB; 16-bit grey keeps its upper eight bits; the first frame of an animation is taken.
 
     Args:
-        path: the file.
+        path: the file, by its name or opened.
         image_size: side in pixels.
         channels: 3, or 1 for the luma of ITU-R 601.
 

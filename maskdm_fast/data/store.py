@@ -1,214 +1,136 @@
-"""A file of uint8 images that is memory-mapped instead of decoded.
+"""Packed images that are memory-mapped instead of decoded, in one file or several."""
 
-Layout, little-endian:
-
-    0      magic, version, offset and size of the header, SHA-256 of the header (zeros up to byte 4096)
-    4096   images, uint8 [n, h, w, C]
-    ...    labels, int64 [n]
-    ...    header, JSON
-
-The header stands last because it holds what is known last: the checksum of the data and the files that were skipped.
-"""
-
-import contextlib
-import dataclasses
 import hashlib
-import json
 import os
-import secrets
-import struct
-import time
-from collections.abc import Callable, Iterable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
 from torch import Tensor
 
-VERSION = 1
-_MAGIC = b"maskdm\x00\xf5"
-_PREFIX = struct.Struct("<8sIIQQ32s")
-_DATA_OFFSET = 4096
-_CHUNK_BYTES = 1 << 24
-_STALE_SECONDS = 24 * 3600
-
-Progress = Callable[[int, int], None]  # called with (done, total)
-
-
-class StoreError(RuntimeError):
-    """A file is not a store that this version can read."""
+from maskdm_fast.data.store_file import (
+    CHUNK_BYTES,
+    DATA_OFFSET,
+    LatentScaling,
+    Part,
+    StoreError,
+    StoreHeader,
+    read_header,
+)
 
 
-@contextlib.contextmanager
-def _atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file that appears under `path` whole, or not at all, also when the machine stops.
-
-    Every writer has a temporary name of its own, so writers at the same time cannot mix; the last one to finish wins.
-    """
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-        # A killed writer cannot clean up. A living one keeps its file's time fresh.
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
-                leftover.unlink()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-@dataclasses.dataclass(frozen=True)
-class StoreHeader:
-    """What a store says about itself.
+class ImageRows(ABC):
+    """Images that are no single array, but are taken out as from one: ``images[3]``, ``images[2:9]``, ``images[ids]``.
 
     Attributes:
-        shape: ``[n, h, w, C]``.
-        class_names: one per class, empty where labels are -1.
-        source: name of the source.
-        fingerprint: key of the source and of how it was packed.
-        checksum: SHA-256 of images and labels, hex.
-        skipped: pairs (file, reason) that were left out.
-        attribution: credit the artwork demands, or "".
+        shape: ``(n, h, w, C)``.
+        dtype: numpy dtype of the images.
     """
 
-    shape: tuple[int, int, int, int]
-    class_names: tuple[str, ...]
-    source: str
-    fingerprint: str
-    checksum: str
-    skipped: tuple[tuple[str, str], ...]
-    attribution: str
+    ndim = 4
 
-    @classmethod
-    def from_json(cls, text: bytes) -> "StoreHeader":
-        """The header that `write_store` wrote as JSON."""
-        fields = json.loads(text)
-        return cls(
-            **fields
-            | {
-                "shape": tuple(fields["shape"]),
-                "class_names": tuple(fields["class_names"]),
-                "skipped": tuple((name, reason) for name, reason in fields["skipped"]),
-            }
-        )
+    def __init__(self, shape: tuple[int, int, int, int], dtype: np.dtype) -> None:
+        self.shape, self.dtype = shape, dtype
+
+    @abstractmethod
+    def take(self, indices: np.ndarray) -> np.ndarray:
+        """A new array of the images at `indices`, int64 ``[B]`` in ``[0, n)``."""
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, key: int | slice | Sequence[int] | np.ndarray) -> np.ndarray:
+        if isinstance(key, slice):
+            return self.take(np.arange(*key.indices(len(self))))
+        wanted = np.asarray(key)
+        if wanted.dtype == bool:
+            wanted = np.flatnonzero(wanted)
+        # An empty list becomes an array of floats.
+        wanted = wanted.astype(np.int64, casting="same_kind" if wanted.size else "unsafe")
+        wanted = np.where(wanted < 0, wanted + len(self), wanted)
+        if wanted.size and not 0 <= wanted.min() <= wanted.max() < len(self):
+            raise IndexError(f"index {key} is out of range for {len(self)} images")
+        return self.take(wanted.reshape(-1)).reshape(*wanted.shape, *self.shape[1:])
+
+    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
+        return self[:].astype(dtype or self.dtype, copy=False)
 
 
-def write_store(
-    path: str | os.PathLike[str],
-    images: Iterable[tuple[np.ndarray, int]],
-    *,
-    image_size: int,
-    channels: int = 3,
-    class_names: tuple[str, ...] = (),
-    source: str = "",
-    fingerprint: str = "",
-    skipped: list[tuple[str, str]] | None = None,
-    attribution: str = "",
-) -> None:
-    """Write images to a store, in one pass and with bounded memory.
+class JoinedImages(ImageRows):
+    """Arrays of images laid end to end.
 
     Args:
-        path: the file to make; its folder must exist. It appears under this name only when it is complete.
-        images: pairs (uint8 ``[image_size, image_size, channels]``, label).
-        image_size: side in pixels.
-        skipped: (file, reason) of files left out; read after `images` is exhausted, so an iterator may append to it.
-
-    Raises:
-        ValueError: an image has another shape or dtype, or there are none.
+        parts: arrays ``[n_i, h, w, C]`` of one dtype.
     """
-    shape, labels, checksum = (image_size, image_size, channels), [], hashlib.sha256()
-    with _atomic_file(Path(path)) as file:
-        file.seek(_DATA_OFFSET)
-        for image, label in images:
-            if image.shape != shape or image.dtype != np.uint8:
-                raise ValueError(f"image {len(labels)} is {image.dtype} {image.shape}, want uint8 {shape}")
-            data = image.tobytes()
-            checksum.update(data)
-            file.write(data)
-            labels.append(label)
-        if not labels:
-            raise ValueError("there are no images to store")
-        data = np.asarray(labels, dtype="<i8").tobytes()
-        checksum.update(data)
-        file.write(data)
-        header = StoreHeader(
-            shape=(len(labels), *shape),
-            class_names=class_names,
-            source=source,
-            fingerprint=fingerprint,
-            checksum=checksum.hexdigest(),
-            skipped=tuple(skipped or ()),
-            attribution=attribution,
-        )
-        text = json.dumps(dataclasses.asdict(header)).encode()
-        offset = file.tell()
-        file.write(text)
-        file.seek(0)
-        file.write(_PREFIX.pack(_MAGIC, VERSION, 0, offset, len(text), hashlib.sha256(text).digest()))
 
+    def __init__(self, parts: Sequence[np.ndarray]) -> None:
+        self._parts = list(parts)
+        self._starts = np.cumsum([0, *(len(part) for part in parts)])
+        super().__init__((int(self._starts[-1]), *parts[0].shape[1:]), parts[0].dtype)
 
-def _read_header(path: Path) -> StoreHeader:
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        prefix = file.read(_PREFIX.size)
-        if len(prefix) < _PREFIX.size or prefix[: len(_MAGIC)] != _MAGIC:
-            raise StoreError(f"{str(path)!r} is not an image store of maskdm_fast")
-        _, version, _, offset, length, digest = _PREFIX.unpack(prefix)
-        if version != VERSION:
-            raise StoreError(f"{str(path)!r} is a store of version {version}, want {VERSION}: delete it and pack again")
-        if size != offset + length:
-            raise StoreError(f"{str(path)!r} has {size} bytes, want {offset + length}: delete it and pack again")
-        file.seek(offset)
-        text = file.read(length)
-    if hashlib.sha256(text).digest() != digest:
-        raise StoreError(f"the header of {str(path)!r} is damaged: delete the file and pack again")
-    header = StoreHeader.from_json(text)
-    num_images, height, width, channels = header.shape
-    if offset != _DATA_OFFSET + num_images * height * width * channels + num_images * 8:
-        raise StoreError(f"the header of {str(path)!r} does not fit its size: delete the file and pack again")
-    return header
+    def take(self, indices: np.ndarray) -> np.ndarray:
+        out = np.empty((len(indices), *self.shape[1:]), self.dtype)
+        part_of = np.searchsorted(self._starts, indices, side="right") - 1
+        for number in np.unique(part_of):
+            places = np.flatnonzero(part_of == number)
+            out[places] = self._parts[number][indices[places] - self._starts[number]]
+        return out
 
 
 class ImageStore:
-    """Memory-mapped images and their labels; open one with `ImageStore.open`.
+    """Images and their labels; open one with `ImageStore.open`.
+
+    Args:
+        path: the file, for messages.
+        header: what it says.
+        images: see below.
+        labels: see below.
+        files: the stores that hold the data.
 
     Attributes:
         path: the file.
         header: `StoreHeader`.
-        images: read-only uint8 memmap ``[n, h, w, C]``.
+        images: ``[n, h, w, C]``, uint8, or float16 x0 where they are latents: a read-only memmap, or of several files
+            `ImageRows`, which are indexed alike.
         labels: int64 tensor ``[n]``; class index, or -1 for all where there are no classes.
+        is_mapped: whether the images lie on the disk as they are; else each one is decoded when it is asked for.
     """
 
-    def __init__(self, path: Path, header: StoreHeader) -> None:
-        self.path = path
-        self.header = header
-        self.images = np.memmap(path, np.uint8, "r", _DATA_OFFSET, header.shape)
-        labels = np.fromfile(path, "<i8", len(self), offset=_DATA_OFFSET + self.images.size)
-        self.labels = torch.from_numpy(labels.astype(np.int64, copy=False))
+    is_mapped = True
+
+    def __init__(
+        self,
+        path: Path,
+        header: StoreHeader,
+        images: np.ndarray | ImageRows,
+        labels: np.ndarray,
+        files: Sequence[tuple[Path, StoreHeader]] = (),
+    ) -> None:
+        self.path, self.header, self.images = path, header, images
+        self.labels = torch.from_numpy(labels)
+        self._files = files
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "ImageStore":
-        """Open a store after checking magic, version, the header's own checksum and the size of the file.
+        """Open a store after checking magic, version, the header's own checksum and the size of the file; of an index
+        also the same of every file it names, and that they are the ones it was made with.
 
         The images are not read; `verify` does that.
 
         Raises:
             FileNotFoundError: there is no such file.
-            StoreError: the file is foreign, truncated, damaged in its header, or of another version.
+            StoreError: the file, or one that it names, is foreign, missing, truncated, damaged in its header, or of
+                another version.
         """
         path = Path(path)
-        return cls(path, _read_header(path))
+        header, parts = read_header(path)
+        files = [(path, header)] if parts is None else [_open_part(path, header, part) for part in parts]
+        arrays = [np.memmap(file, held.dtype, "r", DATA_OFFSET, held.shape) for file, held in files]
+        labels = [np.fromfile(file, "<i8", held.shape[0], offset=DATA_OFFSET + held.nbytes) for file, held in files]
+        images = arrays[0] if parts is None else JoinedImages(arrays)
+        return cls(path, header, images, np.concatenate(labels).astype(np.int64, copy=False), files)
 
     def __len__(self) -> int:
         return self.header.shape[0]
@@ -228,14 +150,24 @@ class ImageStore:
         """Names of the classes in the order of their labels; empty where there are none."""
         return list(self.header.class_names)
 
+    @property
+    def latents(self) -> LatentScaling | None:
+        """How the latents were scaled; None where they are images."""
+        return self.header.latents
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all images, decoded."""
+        return self.header.nbytes
+
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Copy images out of the store.
+        """Copy images out of the store. Several threads may call it at once.
 
         Args:
             indices: int64 ``[B]`` with values in ``[0, n)``, on the CPU.
 
         Returns:
-            Images, uint8 ``[B, h, w, C]``, and labels, int64 ``[B]``.
+            Images, uint8 ``[B, h, w, C]`` or float16 x0 of latents, and labels, int64 ``[B]``.
 
         Raises:
             IndexError: an index is out of range.
@@ -252,12 +184,27 @@ class ImageStore:
         Raises:
             StoreError: a byte of images or labels has changed since packing.
         """
-        checksum = hashlib.sha256()
-        remaining = self.images.size + 8 * len(self)
-        with open(self.path, "rb") as file:
-            file.seek(_DATA_OFFSET)
-            while remaining and (data := file.read(min(_CHUNK_BYTES, remaining))):
-                checksum.update(data)
-                remaining -= len(data)
-        if checksum.hexdigest() != self.header.checksum:
-            raise StoreError(f"the data of {str(self.path)!r} is damaged: delete the file and pack again")
+        for path, header in self._files:
+            checksum = hashlib.sha256()
+            remaining = header.nbytes + 8 * header.shape[0]
+            with open(path, "rb") as file:
+                file.seek(DATA_OFFSET)
+                while remaining and (data := file.read(min(CHUNK_BYTES, remaining))):
+                    checksum.update(data)
+                    remaining -= len(data)
+            if checksum.hexdigest() != header.checksum:
+                raise StoreError(f"the data of {str(path)!r} is damaged: delete the file and pack again")
+
+
+def _open_part(index: Path, whole: StoreHeader, part: Part) -> tuple[Path, StoreHeader]:
+    path = index.parent / part.file
+    try:
+        header, parts = read_header(path)
+    except FileNotFoundError as error:
+        raise StoreError(
+            f"{str(path)!r} is missing, which {str(index)!r} names: move both together, or pack again"
+        ) from error
+    held = (header.checksum, header.shape, header.latents)
+    if parts is not None or held != (part.checksum, (part.num_images, *whole.shape[1:]), whole.latents):
+        raise StoreError(f"{str(path)!r} is another file than {str(index)!r} was made with: pack again")
+    return path, header

@@ -45,7 +45,9 @@ def test_fingerprint_sees_every_change(tmp_path):
 
 
 def test_folder_errors(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"a folder of images, idx files, a \.store, or 'emoji'"):
+    with pytest.raises(
+        FileNotFoundError, match=r"a folder of images, idx files, tar shards, latents, a \.store, or 'emoji'"
+    ):
         folder_source(tmp_path / "missing")
     with pytest.raises(ValueError, match="no images below"):
         folder_source(tmp_path)
