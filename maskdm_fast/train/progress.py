@@ -8,6 +8,7 @@ from typing import Any, TextIO
 from maskdm_fast.train.config import DenoisingConfig
 from maskdm_fast.train.extras import require
 
+_SHOWN_SHARE = 0.1
 _BAR = "{desc} {percentage:3.0f}%|{bar}|{postfix}"
 
 
@@ -39,9 +40,15 @@ class Progress:
         left = seconds * (100.0 / percent - 1.0)
         # On a device whose peak nobody stated there is no utilisation to show, but what it does can be compared.
         work = f"{record['mfu']:.1%} MFU" if "mfu" in record else f"{record['model_tflops']:.3g} TFLOP/s"
-        text = (
-            f"{images:,} images, {record['images_per_s']:,.0f} images/s, {work}, loss {record['loss']:.4f}, "
-            f"{format_seconds(left)} left"
+        text = ", ".join(
+            [
+                f"{images:,} images",
+                f"{record['images_per_s']:,.0f} images/s",
+                work,
+                *_delays(record),
+                f"loss {record['loss']:.4f}",
+                f"{format_seconds(left)} left",
+            ]
         )
         if self._bar is not None:
             self._bar.set_postfix_str(text)
@@ -68,6 +75,13 @@ class Progress:
             if limit
         ]
         return min(100.0, 100.0 * max(shares))
+
+
+def _delays(record: dict[str, Any]) -> list[str]:
+    """What takes much time besides the arithmetic, by the split of a step."""
+    step = sum(record.get(f"{name}_ms", 0.0) for name in ("data", "forward", "backward", "optimizer"))
+    delays = {name: record.get(f"{name}_ms", 0.0) for name in ("data", "communication")}
+    return [f"{name} {ms / step:.0%} of a step" for name, ms in delays.items() if ms > _SHOWN_SHARE * step]
 
 
 @contextmanager

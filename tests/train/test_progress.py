@@ -30,6 +30,16 @@ def test_utilisation_where_the_peak_is_known():
     assert "1,234 images/s, 43.2% MFU, loss" in file.getvalue()
 
 
+def test_what_holds_a_step_up_is_shown_if_it_is_much():
+    file = io.StringIO()
+    progress = Progress("run", DenoisingConfig(num_images=1000), file)
+    split = {"data_ms": 30.0, "forward_ms": 20.0, "backward_ms": 40.0, "optimizer_ms": 10.0, "communication_ms": 25.0}
+    progress.log({**RECORD, **split})
+    assert "0.25 TFLOP/s, data 30% of a step, communication 25% of a step, loss" in file.getvalue()
+    progress.log({**RECORD, **split, "data_ms": 3.0, "communication_ms": 3.0})
+    assert "0.25 TFLOP/s, loss" in file.getvalue().splitlines()[1]
+
+
 def test_a_bar_on_a_terminal():
     file = Terminal()
     progress = Progress("run", DenoisingConfig(num_images=1000), file)
