@@ -163,7 +163,7 @@ class PlainStep:
         compile: bool = False,
     ):
         self.schedule, self.num_visible, self.official, self.settings = schedule, num_visible, official, settings
-        self.network = PlainUViT(model, official=official)
+        self.config, self.network = model.config, PlainUViT(model, official=official)
         self.params = list(self.network.parameters())
         self.emas = [param.detach().clone() for param in self.params]
         self.optimizer = torch.optim.AdamW(
@@ -179,7 +179,7 @@ class PlainStep:
 
     def _patches(self, images: Tensor) -> Tensor:
         """uint8 ``[B, h, w, C]`` to ``[B, N, P*P*C]``, still uint8."""
-        side = self.network.config.patch_size
+        side = self.config.patch_size
         batch, height, width, channels = images.shape
         grid = images.view(batch, height // side, side, width // side, side, channels).transpose(2, 3)
         return grid.reshape(batch, -1, side * side * channels)
@@ -213,7 +213,7 @@ class PlainStep:
         """Fresh draws from torch's generator; eps is drawn inside the loss."""
         device = self.params[0].device
         t = torch.randint(0, self.schedule.num_timesteps, (num_images,), device=device)
-        total = self.network.config.num_tokens
+        total = self.config.num_tokens
         if self.num_visible == total:
             return Draws(t, None, None)
         order = torch.rand(num_images, total, device=device).argsort(dim=1)
@@ -226,8 +226,8 @@ class PlainStep:
         loss.backward()
         return loss.detach()
 
-    def __call__(self, images: Tensor) -> Tensor:
-        loss = self.gradients(images)
+    def __call__(self, images: Tensor, draws: Draws | None = None) -> Tensor:
+        loss = self.gradients(images, draws)
         self.count += 1
         torch.nn.utils.clip_grad_norm_(self.params, self.settings.max_grad_norm, foreach=not self.official)
         self.optimizer.step()
