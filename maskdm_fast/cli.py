@@ -1,4 +1,4 @@
-"""The command line: ``maskdm-fast {demo,train,sample,evaluate,bench,info}``.
+"""The command line: ``maskdm-fast {demo,pack,train,sample,evaluate,bench,info}``.
 
 Exit codes: 0 done (also after SIGTERM or Ctrl-C, which save first); 1 training diverged; 2 the command cannot work
 as given; 130 stopped by a second Ctrl-C.
@@ -28,6 +28,7 @@ Masked diffusion training: pretrain on the visible patches of an image, fine-tun
 
 commands:
   demo      train a small model two ways for the same time and compare them in a report (6 minutes on 2 CPU cores)
+  pack      decode a large set of images, or import latents, into a store once
   train     start or resume a run from a preset
   sample    draw images from a run
   evaluate  score runs, folders of images and data sets against real images, in one table
@@ -84,6 +85,7 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     commands: dict[str, Callable[[list[str]], int]] = {
         "demo": _demo,
+        "pack": _pack,
         "train": _train,
         "sample": _sample,
         "evaluate": _evaluate,
@@ -110,11 +112,11 @@ def _train(arguments: list[str]) -> int:
         raise UsageError(
             f"unknown preset '{name}'; the nearest is '{_nearest(name, PRESETS)}' (see {PROGRAM} train --help)"
         )
-    config, out, dry_run = _train_options(name, rest)
+    config, out, dry_run, num_processes = _train_options(name, rest)
     if dry_run:
         from maskdm_fast.train.estimate import describe
 
-        print(describe(config, dry_run))
+        print(describe(config, dry_run, num_processes))
         return 0
     result = train_recipe(config, out) if isinstance(config, Recipe) else train(config, out)
     print(
@@ -151,9 +153,11 @@ examples:
 """
 
 
-def _train_options(preset: str, arguments: list[str]) -> "tuple[RunConfig | Recipe, Path, tuple[str, ...]]":
+def _train_options(
+    preset: str, arguments: list[str]
+) -> "tuple[RunConfig | Recipe, Path, tuple[str, ...], tuple[int, ...]]":
     """The configuration of `preset` with the options of the command line, the run folder, and the machines of a dry
-    run; none for a real one."""
+    run (none for a real one) and their numbers of processes."""
     from maskdm_fast.train.config import DenoisingConfig, Recipe, RunConfig, SharedConfig
     from maskdm_fast.train.extras import require
     from maskdm_fast.train.hardware import HERE, NAMES
@@ -168,10 +172,15 @@ def _train_options(preset: str, arguments: list[str]) -> "tuple[RunConfig | Reci
     out_help = "Run folder. If it holds a run that was begun with the same options, that run goes on."
     dry_run_help = "Print the configuration, its sizes and what it costs on this machine, and do nothing else."
     hardware_help = "With --dry-run: what it costs on these machines instead; by data sheets, or here by a quick probe."
+    processes_help = (
+        "With --dry-run: which engine the run takes in so many processes, and the memory of each; by default in as "
+        "many as were started."
+    )
     fields: list[tuple[str, Any, Any]] = [
         ("out", Annotated[str, conf.arg(help=out_help)], f"runs/{preset}"),
         ("dry_run", Annotated[bool, conf.arg(help=dry_run_help), conf.FlagCreatePairsOff], False),
         ("hardware", Annotated[tuple[Literal[NAMES], ...], conf.arg(help=hardware_help)], ()),  # type: ignore[valid-type]
+        ("num_processes", Annotated[tuple[int, ...], conf.arg(help=processes_help)], ()),
         ("shared", Annotated[SharedConfig, conf.OmitArgPrefixes], dataclasses.field(default_factory=lambda: shared)),
     ]
     for name, stage in stages.items():
@@ -187,7 +196,21 @@ def _train_options(preset: str, arguments: list[str]) -> "tuple[RunConfig | Reci
     config.validate()
     if options.hardware and not options.dry_run:
         raise UsageError("--hardware goes with --dry-run: it says which machines to estimate, not where to train")
-    return config, Path(options.out), (options.hardware or (HERE,)) if options.dry_run else ()
+    if options.num_processes and not options.dry_run:
+        raise UsageError(
+            "--num-processes goes with --dry-run: it says what to estimate; torchrun --nproc-per-node starts processes"
+        )
+    if any(number < 1 for number in options.num_processes):
+        raise UsageError(f"--num-processes is {min(options.num_processes)}, want 1 or more")
+    machines = (options.hardware or (HERE,)) if options.dry_run else ()
+    return config, Path(options.out), machines, options.num_processes
+
+
+def _pack(arguments: list[str]) -> int:
+    from maskdm_fast import commands
+
+    commands.pack(_parse(commands.PackOptions, arguments, f"{PROGRAM} pack"))
+    return 0
 
 
 def _sample(arguments: list[str]) -> int:

@@ -1,18 +1,21 @@
-"""What the commands sample, evaluate, bench and info do."""
+"""What the commands pack, sample, evaluate, bench and info do."""
 
 from maskdm_fast.commands.benchmarking import BenchOptions, bench
 from maskdm_fast.commands.evaluation import EvaluateOptions, evaluate
 from maskdm_fast.commands.machine_info import InfoOptions, collect_info, info
+from maskdm_fast.commands.packing import PackOptions, pack
 from maskdm_fast.commands.sampling import SampleOptions, sample
 
 __all__ = [
     "BenchOptions",
     "EvaluateOptions",
     "InfoOptions",
+    "PackOptions",
     "SampleOptions",
     "bench",
     "collect_info",
     "evaluate",
     "info",
+    "pack",
     "sample",
 ]

@@ -53,13 +53,20 @@ class Side:
 
         Raises:
             CheckpointError: there are weights, but damaged ones.
+            ValueError: of a run on latents.
         """
         if not Path(name).is_dir():
             return cls(name, None)
         try:
-            return cls(name, load_weights(name, which))
+            weights = load_weights(name, which)
         except FileNotFoundError:
             return cls(name, None)
+        if weights.config.latents is not None:
+            raise ValueError(
+                f"{name} was trained on latents: draw some with maskdm-fast sample, decode them with their "
+                "autoencoder, and evaluate the folder of images"
+            )
+        return cls(name, weights)
 
     @property
     def shape(self) -> tuple[int, int] | None:
@@ -72,8 +79,11 @@ class Side:
         return None
 
     def open(self, shape: tuple[int, int | None], *, cache_dir: str, skip_bad: bool) -> ImageStore:
-        """The store of a side without weights."""
-        return open_dataset(self.name, shape[0], channels=shape[1], cache_dir=cache_dir, skip_bad=skip_bad)
+        """The store of a side without weights; ValueError if it holds latents."""
+        store = open_dataset(self.name, shape[0], channels=shape[1], cache_dir=cache_dir, skip_bad=skip_bad)
+        if store.latents is not None:
+            raise ValueError(f"{self.name} holds latents: evaluate the images that they were made of")
+        return store
 
 
 def common_shape(sides: Sequence[Side], image_size: int | None) -> tuple[int, int | None]:

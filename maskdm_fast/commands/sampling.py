@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 
 from maskdm_fast.commands.drawing import DrawOptions, class_names, draw
@@ -46,8 +47,8 @@ class SampleOptions(DrawOptions):
     labels: tuple[str, ...] | None = None
     """The class of each image, by name or number, instead of --num-images."""
     out: str | None = None
-    """A file named *.png for a grid (with --per-class: a class per row), any other name for a folder. Default:
-    RUN/samples/grid-SEED.png."""
+    """A file named *.png for a grid (with --per-class: a class per row), any other name for a folder. Of a run on
+    latents a file named *.npy. Default: RUN/samples/grid-SEED.png, or latents-SEED.npy."""
 
     def check(self) -> None:
         """Raise ValueError for the first value that cannot work, or does not fit another."""
@@ -70,17 +71,22 @@ def sample(options: SampleOptions) -> None:
     weights = load_weights(options.run, options.weights)
     names = class_names(weights)
     planned = _plan(options, names)
-    out = Path(options.out or Path(options.run) / "samples" / f"grid-{options.seed}.png")
+    is_latent = weights.config.latents is not None
+    default = f"latents-{options.seed}.npy" if is_latent else f"grid-{options.seed}.png"
+    out = Path(options.out or Path(options.run) / "samples" / default)
     started = time.monotonic()
-    if out.suffix.lower() == ".png":
+    if is_latent:
+        drawn, where = _latents(weights, options, planned, out)
+    elif out.suffix.lower() == ".png":
         drawn = _grid(weights, options, planned, out)
         where = f"grid: {out}"
     else:
         drawn = _folder(weights, options, planned, names, out)
         where = f"images: {out}, {MANIFEST_NAME} says how each was drawn"
     guided = f", guidance {options.guidance}" if options.guidance != 1 else ""
+    kind = "latents" if is_latent else "images"
     print(
-        f"{drawn} images from {weights.checkpoint.path} ({options.weights} weights, {options.sampler}, "
+        f"{drawn} {kind} from {weights.checkpoint.path} ({options.weights} weights, {options.sampler}, "
         f"{options.steps} steps{guided}, seed {options.seed}) in {time.monotonic() - started:.1f} s\n{where}"
     )
 
@@ -138,6 +144,27 @@ def _grid(weights: Weights, options: SampleOptions, planned: list[tuple[int, int
     images = [_draw_part(weights, options, planned[part]) for part in _batches(planned, len(planned))]
     save_grid(torch.cat(images), out, columns=options.per_class)
     return len(planned)
+
+
+def _latents(
+    weights: Weights, options: SampleOptions, planned: list[tuple[int, int | None]], out: Path
+) -> tuple[int, str]:
+    """Write latents, and their labels beside them, as `maskdm_fast.data.latent_source` reads them."""
+    if out.suffix != ".npy":
+        raise ValueError(
+            f"{options.run} was trained on latents, which are no pictures before their autoencoder has decoded them: "
+            f"want --out NAME.npy, not {str(out)!r}"
+        )
+    latents = torch.cat([_draw_part(weights, options, planned[part]) for part in _batches(planned, len(planned))])
+    labels = [label for _, label in planned if label is not None]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    np.save(out, latents.numpy())
+    beside = ""
+    if labels:
+        np.save(out.with_name(f"{out.stem}-labels.npy"), np.array(labels))
+        beside = f", labels beside it in {out.stem}-labels.npy"
+    shape = ", ".join(map(str, latents.shape))
+    return len(planned), f"latents: {out}, float16 [{shape}] in the scale of their autoencoder{beside}"
 
 
 def _folder(

@@ -47,12 +47,12 @@ def find_source(
     if not (is_emoji or is_idx(name_or_path) or is_tars(name_or_path)) and is_latents(name_or_path):
         if latents is None:
             raise ValueError(
-                f"{str(name_or_path)!r} holds latents: say how they are scaled, (z - shift) * scale, such as with "
-                "--latent-scale 0.18215 for Stable Diffusion's autoencoder, or 1 if they are scaled already"
+                f"{str(name_or_path)!r} holds latents: say how they are scaled, (z - shift) * scale, with "
+                "--latent-scale (--scale of pack): 0.18215 for Stable Diffusion's autoencoder, 1 if they are already"
             )
         return latent_source(name_or_path, latents)
     if latents is not None:
-        raise ValueError(f"{str(name_or_path)!r} holds no latents: leave out --latent-scale and --latent-shift")
+        raise ValueError(f"{str(name_or_path)!r} holds no latents: leave out their scale and shift")
     if is_emoji:
         return emoji_source()
     if is_idx(name_or_path):

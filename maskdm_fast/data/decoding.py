@@ -66,7 +66,7 @@ class DecodedImages(ImageRows):
         self._source, self._chosen = source, chosen
         self._pool = decoding_pool()
 
-    def take(self, indices: np.ndarray) -> np.ndarray:
+    def _take(self, indices: np.ndarray) -> np.ndarray:
         out = np.empty((len(indices), *self.shape[1:]), self.dtype)
         wanted = self._chosen[indices].tolist()
         bad = []

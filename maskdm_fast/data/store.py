@@ -35,7 +35,7 @@ class ImageRows(ABC):
         self.shape, self.dtype = shape, dtype
 
     @abstractmethod
-    def take(self, indices: np.ndarray) -> np.ndarray:
+    def _take(self, indices: np.ndarray) -> np.ndarray:
         """A new array of the images at `indices`, int64 ``[B]`` in ``[0, n)``."""
 
     def __len__(self) -> int:
@@ -43,7 +43,7 @@ class ImageRows(ABC):
 
     def __getitem__(self, key: int | slice | Sequence[int] | np.ndarray) -> np.ndarray:
         if isinstance(key, slice):
-            return self.take(np.arange(*key.indices(len(self))))
+            return self._take(np.arange(*key.indices(len(self))))
         wanted = np.asarray(key)
         if wanted.dtype == bool:
             wanted = np.flatnonzero(wanted)
@@ -52,7 +52,7 @@ class ImageRows(ABC):
         wanted = np.where(wanted < 0, wanted + len(self), wanted)
         if wanted.size and not 0 <= wanted.min() <= wanted.max() < len(self):
             raise IndexError(f"index {key} is out of range for {len(self)} images")
-        return self.take(wanted.reshape(-1)).reshape(*wanted.shape, *self.shape[1:])
+        return self._take(wanted.reshape(-1)).reshape(*wanted.shape, *self.shape[1:])
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
         return self[:].astype(dtype or self.dtype, copy=False)
@@ -70,7 +70,7 @@ class JoinedImages(ImageRows):
         self._starts = np.cumsum([0, *(len(part) for part in parts)])
         super().__init__((int(self._starts[-1]), *parts[0].shape[1:]), parts[0].dtype)
 
-    def take(self, indices: np.ndarray) -> np.ndarray:
+    def _take(self, indices: np.ndarray) -> np.ndarray:
         out = np.empty((len(indices), *self.shape[1:]), self.dtype)
         part_of = np.searchsorted(self._starts, indices, side="right") - 1
         for number in np.unique(part_of):
@@ -159,6 +159,11 @@ class ImageStore:
     def nbytes(self) -> int:
         """Bytes of all images, decoded."""
         return self.header.nbytes
+
+    @property
+    def num_files(self) -> int:
+        """Files that the data lie in."""
+        return len(self._files)
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Copy images out of the store. Several threads may call it at once.

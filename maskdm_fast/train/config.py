@@ -10,6 +10,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from maskdm_fast.data import LatentScaling
 from maskdm_fast.diffusion import LossWeight, NoiseSchedule, TimestepDraw, make_schedule
 from maskdm_fast.diffusion.mask_schedule import MaskSchedule
 from maskdm_fast.diffusion.mask_text import format_mask, format_mask_schedule, parse_mask, parse_mask_schedule
@@ -165,9 +166,9 @@ class MachineConfig:
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:INDEX. Of several processes each takes the GPU of its own."""
     engine: Literal["auto", "plain", "ddp", "zero1", "zero2", "zero3", "zero3-offload"] = "auto"
-    """How training is spread over processes: plain (one process), ddp (each holds all and they share the work), DeepSpeed
-    ZeRO (zero1: optimizer and moving average are divided among them, zero2: gradients too, zero3: weights too,
-    zero3-offload: in the memory of the CPU). auto: the first of them whose memory is estimated to fit."""
+    """How training is spread over processes: plain (one process); ddp (each holds everything, they share the work);
+    DeepSpeed ZeRO, where zero1 divides optimizer and moving average among them, zero2 also gradients, zero3 also
+    weights, zero3-offload in the memory of the CPU. auto: the first of them whose memory is estimated to fit."""
     micro_batch_size: int | None = None
     """Images per forward pass; the gradients of a batch are accumulated. None: the whole batch at once."""
     activation_checkpointing: bool = False
@@ -232,7 +233,15 @@ class SharedConfig:
 
     data: str = "emoji"
     """Data set: emoji; a folder of images (sub-folders are classes); MNIST-style idx files (the folder, or the file of
-    images; --channels 1 keeps them grey); or a packed .store file."""
+    images; --channels 1 keeps them grey); WebDataset tar shards (their folder, one file, or "set-{000..099}.tar");
+    latents (.npy, .npz, .safetensors, or a folder of them, with --latent-scale); or a packed .store file."""
+    decoding: Literal["packed", "on-the-fly"] = "packed"
+    """packed: decode all images once, into the cache folder. on-the-fly: decode the images of tar shards each time they
+    are shown, where they are too many to be kept decoded."""
+    latent_scale: float | None = None
+    """Of latents z: train on (z - shift) * scale. A packed store knows its own."""
+    latent_shift: float = 0.0
+    """See above."""
     data_share: float = 1.0
     """Train on this share of the images, more than 0 and at most 1; the same ones whatever the seed."""
     skip_bad: bool = False
@@ -257,9 +266,19 @@ class RunConfig(SharedConfig):
 
     stage: DenoisingConfig = field(default_factory=DenoisingConfig)
 
+    @property
+    def latents(self) -> LatentScaling | None:
+        """How latents are scaled; None for images, and for a packed store that was not opened yet."""
+        return None if self.latent_scale is None else LatentScaling(self.latent_scale, self.latent_shift)
+
     def validate(self) -> None:
         """Raise ValueError for the first value that cannot work, before anything is read or written."""
         check_seed(self.seed)
+        if self.latents is not None:
+            self.latents.check()
+            for part, name in ((self.stage, "hflip"), (self.output, "preview_images"), (self.output, "score_images")):
+                value = getattr(part, name)
+                _check(f"the data set holds latents; {name}", value, not value, _NO_LATENTS[name])
         self.diffusion.validate(self.model)
         self.stage.validate(self.model)
         self.output.validate()
@@ -308,6 +327,13 @@ class Recipe(SharedConfig):
         for _, run in self.runs():
             run.validate()
 
+
+_NO_PICTURES = "0: pictures of latents need their autoencoder, which is not part of this package"
+_NO_LATENTS = {
+    "hflip": "0: a mirrored latent is not that of the mirrored image, so add latents of mirrored images to the set",
+    "preview_images": _NO_PICTURES,
+    "score_images": _NO_PICTURES,
+}
 
 MAY_CHANGE = ("stage.num_images", "stage.max_seconds", "machine", "output")
 """What may differ when a run folder is resumed; everything else decides the result and is fixed."""

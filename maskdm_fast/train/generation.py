@@ -45,7 +45,8 @@ def generate(
         device: where to compute; the other arguments are those of `maskdm_fast.diffusion.sample`.
 
     Returns:
-        uint8 ``[num_images, h, w, C]`` on the CPU.
+        uint8 ``[num_images, h, w, C]`` on the CPU; of a run on latents float16 ``[num_images, C, h, w]``, in the
+        autoencoder's own scale.
 
     Raises:
         ValueError: an argument is out of range, or there is guidance but the model has no classes.
@@ -53,7 +54,7 @@ def generate(
     model = config.model
     if labels is None and model.num_classes:
         labels = torch.arange(first_slot, first_slot + num_images) % model.num_classes
-    return sample(
+    images = sample(
         make_denoiser(config, tensors, device),
         num_images=num_images,
         image_size=model.image_size,
@@ -68,5 +69,11 @@ def generate(
         first_slot=first_slot,
         labels=labels,
         batch_size=batch_size,
+        # The values of latents have no bounds.
+        clip=config.latents is None,
+        as_float=config.latents is not None,
         progress=progress,
     )
+    if config.latents is None:
+        return images
+    return (images / config.latents.scale + config.latents.shift).permute(0, 3, 1, 2).half()
