@@ -1,0 +1,70 @@
+"""The scaling benchmark in its smallest form: contestants in processes of their own, and what fails in them."""
+
+import json
+import os
+
+import pytest
+
+from benchmarks import harness, scaling
+from benchmarks.scaling import PEER, Team, Workload
+from maskdm_fast.models import UViTConfig
+from maskdm_fast.train.memory import ENGINES
+
+TINY = Workload(UViTConfig(image_size=16, patch_size=4, dim=32, depth=3, num_heads=2), 4, 0.75, "fp32")
+
+
+def test_json(tmp_path, monkeypatch, capsys):
+    """Losses of plain PyTorch, plain, ddp and ZeRO agree in one process and in two, or nothing would be timed."""
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(scaling, "WORKLOAD", TINY)
+    monkeypatch.setattr(scaling, "_SAMPLE_SECONDS", 0.01)
+    before = dict(os.environ)
+    arguments = ["--json", "--save", "--repeats", "1", "--threads", "1", "--processes", "1", "2"]
+    scaling.main([*arguments, "--engines", "plain", "ddp", "zero2", PEER])
+    assert dict(os.environ) == before
+    result = json.loads(capsys.readouterr().out)
+    assert {"machine", "versions", "commit", "command", "workload", "rows", "estimates"} <= set(result)
+    assert [(row["engine"], row["processes"]) for row in result["rows"]] == [
+        *(("plain", 1), ("zero2", 1), (PEER, 1)),
+        *(("ddp", 2), ("zero2", 2), (PEER, 2)),
+    ]
+    for row in result["rows"]:
+        assert list(row) == ["engine", "processes", "images_per_s", "peak_mib"]
+        assert row["images_per_s"] > 0 and row["peak_mib"] > 50
+    (saved,) = tmp_path.glob("scaling-*.json")
+    assert json.loads(saved.read_text()) == result
+    assert f"{PEER:<15}{1:>10}" in scaling.table(result)
+
+
+def test_a_process_that_fails_is_named():
+    team = Team(TINY, "ddp", 1, threads=1)
+    try:
+        with pytest.raises(RuntimeError, match=r"(?s)ddp, rank 0 of 1: .*engine ddp is for several processes"):
+            team.ask("losses", 1)
+    finally:
+        team.close()
+
+
+def test_losses_that_differ_are_found():
+    scaling.check_parity({"plain in 1": [1.0, 0.5], "ddp in 2": [1.00001, 0.500001]}, 1e-4)
+    with pytest.raises(AssertionError, match=r"step 1: loss 0\.51 of ddp in 2, but 0\.5 of plain in 1"):
+        scaling.check_parity({"plain in 1": [1.0, 0.5], "ddp in 2": [1.0, 0.51]}, 1e-4)
+
+
+def test_contestants_by_number_of_processes():
+    assert scaling.contestants(scaling.ENGINES, 1) == [engine for engine in scaling.ENGINES if engine != "ddp"]
+    assert scaling.contestants(scaling.ENGINES, 2) == [engine for engine in scaling.ENGINES if engine != "plain"]
+    assert scaling.ENGINES[:-1] == ENGINES
+
+
+def test_an_uneven_batch_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        scaling.main(["--batch", "33", "--processes", "2"])
+    assert "must be a multiple" in capsys.readouterr().err
+
+
+def test_estimates_fall_from_engine_to_engine():
+    for row in scaling.estimates():
+        sizes = list(row["gib"].values())
+        assert list(row["gib"]) == list(ENGINES[1:]) and sizes == sorted(sizes, reverse=True)
+        assert row["host_gib"]["zero3-offload"] > 0 == row["host_gib"]["zero3"]
