@@ -25,8 +25,10 @@ from maskdm_fast.diffusion import MaskedObjective, NoMask, PatchMask, make_sched
 from maskdm_fast.models import CONFIGS, UViT, UViTConfig
 from maskdm_fast.random import Stream
 from maskdm_fast.train.config import DenoisingConfig, DiffusionConfig, RunConfig
-from maskdm_fast.train.engine import OptimizerSettings, PlainEngine, Precision, World
+from maskdm_fast.train.engine import EngineSettings, OptimizerSettings, Precision
+from maskdm_fast.train.plain_engine import PlainEngine
 from maskdm_fast.train.stages import Batch, DenoisingStage
+from maskdm_fast.train.world import World
 
 NAMES = ("ours", "plain", "compiled", "official_way", "matmul")
 
@@ -143,8 +145,9 @@ class Contest:
         self.images, self.slots = images.to(device), torch.arange(case.batch, device=device)
         self.labels = torch.full((case.batch,), -1, device=device)
         settings = OptimizerSettings(stage.betas, stage.weight_decay, stage.max_grad_norm, stage.ema_decay)
-        self.engine = PlainEngine(UViT(model), settings, world=World(torch.device(device)), precision=precision)
-        self._stage, self._num_steps = DenoisingStage(self.config, self.engine), 0
+        world = World(torch.device(device))
+        self.engine = PlainEngine(UViT(model), settings, EngineSettings(precision), world)
+        self._stage, self._num_steps = DenoisingStage(self.config, self.engine, world), 0
         ways = {"plain": {}, "compiled": {"compile": True}, "official_way": {"official": True}}
         self.peers = {
             name: PlainStep(self.engine.model, make_schedule("linear"), case.num_visible, stage, **options)

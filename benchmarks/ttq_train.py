@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks import harness
 from benchmarks.ttq_plan import Arm, Chain, Run, Task, to_calibrate
-from maskdm_fast.data import DataOrder, ImageStore
+from maskdm_fast.data import ImageStore
 from maskdm_fast.eval import (
     FeatureNetwork,
     cached_features,
@@ -30,10 +30,11 @@ from maskdm_fast.eval import (
 from maskdm_fast.train import RunConfig, load_weights, train
 from maskdm_fast.train.checkpoint import write_json_atomic
 from maskdm_fast.train.config import format_mask
-from maskdm_fast.train.engine import make_world
+from maskdm_fast.train.feed import Feed
 from maskdm_fast.train.generation import generate
 from maskdm_fast.train.runs import default_cache_dir
-from maskdm_fast.train.stages import Batch, build_stage
+from maskdm_fast.train.stages import build_stage
+from maskdm_fast.train.world import make_world
 
 SCORES_NAME, FLOOR_NAME = "scores.json", "floor.json"
 _SUBSET_SEED = 0  # of the real images that stand for a data set, and of the floor's split
@@ -43,16 +44,12 @@ def step_function(config: RunConfig, store: ImageStore) -> Callable[[], None]:
     """A function that fetches the next batch and trains one step on it, as a run of `config` does."""
     world = make_world(config.machine.device)
     stage = build_stage(config, world)
-    order = DataOrder(len(store), config.seed)
-    batch_size, numbers = config.stage.batch_size, itertools.count()
-    slots = world.slots(batch_size)
+    feed, numbers = Feed(config, store, world), itertools.count()
 
     def step() -> None:
         number = next(numbers)
-        images, labels = store.batch(order.indices(number * batch_size, batch_size)[slots])
-        batch = Batch(*(tensor.to(world.device) for tensor in (images, labels, slots)))
         # Reading the loss waits for the device.
-        float(stage.step([batch], number)["loss"])
+        float(stage.step(feed.batches(number), number)["loss"])
 
     return step
 

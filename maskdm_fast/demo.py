@@ -34,7 +34,7 @@ from maskdm_fast.models import CONFIGS, UViTConfig
 from maskdm_fast.train import RunConfig, TrainResult, load_weights, read_metrics, train
 from maskdm_fast.train.checkpoint import write_json_atomic
 from maskdm_fast.train.config import DenoisingConfig, DiffusionConfig, MachineConfig, OutputConfig, format_mask
-from maskdm_fast.train.engine import make_world
+from maskdm_fast.train.world import make_world
 from maskdm_fast.train.extras import require
 from maskdm_fast.train.generation import generate
 from maskdm_fast.train.metrics import git_commit, machine, package_versions

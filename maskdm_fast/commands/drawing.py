@@ -6,7 +6,7 @@ from typing import Literal
 from torch import Tensor
 
 from maskdm_fast.train.checkpoint import Weights
-from maskdm_fast.train.engine import make_world
+from maskdm_fast.train.world import make_world
 from maskdm_fast.train.generation import generate
 from maskdm_fast.train.progress import step_bar
 
@@ -45,7 +45,8 @@ class DrawOptions:
 def draw(
     weights: Weights, options: DrawOptions, num_images: int, *, first_slot: int = 0, labels: Tensor | None = None
 ) -> Tensor:
-    """Images of slots ``first_slot ... first_slot + num_images - 1``: uint8 ``[num_images, h, w, C]`` on the CPU.
+    """Images of slots ``first_slot ... first_slot + num_images - 1``: uint8 ``[num_images, h, w, C]`` on the CPU, or
+    latents as `generate` returns them.
 
     Without `labels` a class-conditional run cycles through its classes.
     """

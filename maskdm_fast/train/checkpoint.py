@@ -1,9 +1,10 @@
 """Checkpoints that are either whole or not there.
 
-``checkpoints/step-00001000/`` holds one safetensors file per group of tensors (``model``, ``ema``, ``optimizer``),
-``state.json`` (step, seconds, configuration, running means) and ``manifest.json`` with the size and SHA-256 of the
-others. Everything is written under a temporary name, synced to disk, and renamed last, so a crash at any moment
-leaves the older checkpoints untouched and at most a temporary folder, which the next start removes.
+``checkpoints/step-00001000/`` holds one safetensors file per group of tensors (``model``, ``ema``, ``optimizer``) and
+process, ``state.json`` (step, seconds, configuration, running means) and ``manifest.json`` with the size and SHA-256 of
+the others. Everything is written under a temporary name and synced to disk, each process its own files; when all are
+there the main process writes the manifest and renames the folder. So a crash of any process at any moment leaves the
+older checkpoints untouched and at most a temporary folder, which the next start removes.
 """
 
 import contextlib
@@ -14,23 +15,28 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
 from maskdm_fast.train.config import RunConfig
 from maskdm_fast.train.extras import require
+from maskdm_fast.train.pieces import FileReader, Fragment, Pieces, file_name, group_of, write_pieces
+from maskdm_fast.train.world import World
 
+T = TypeVar("T")
 Tensors = dict[str, Tensor]
 
 CHECKPOINTS_NAME = "checkpoints"
 CONFIG_NAME = "config.json"
 MANIFEST_NAME = "manifest.json"
 STATE_NAME = "state.json"
-FORMAT = 1
+FORMAT = 2
+_READABLE = (1, 2)  # of format 1 were the checkpoints of single processes, which are the same in format 2
 
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 _TEMPORARY = ".tmp-"
@@ -56,18 +62,26 @@ class Checkpoint:
     def step(self) -> int:
         return self.state["step"]
 
+    @cached_property
+    def reader(self) -> FileReader:
+        """Gives tensors, or ranges of them."""
+        files: dict[str, list[Path]] = {}
+        for name in self._files():
+            if name.endswith(".safetensors"):
+                files.setdefault(group_of(name), []).append(self.path / name)
+        return FileReader(files)
+
     def tensors(self, group: str) -> Tensors:
         """The tensors of one group, on the CPU."""
-        return require("safetensors.torch").load_file(self.path / f"{group}.safetensors")
+        return {name: self.reader.tensor(group, name) for name in self.reader.names(group)}
 
     def sha256(self, group: str) -> str:
-        """SHA-256 of the file of one group, hex: tells weights apart, wherever they lie."""
-        manifest = json.loads((self.path / MANIFEST_NAME).read_text("utf-8"))
-        return manifest["files"][f"{group}.safetensors"]["sha256"]
+        """SHA-256 of the files of one group, hex: tells weights apart, wherever they lie."""
+        digests = [entry["sha256"] for name, entry in self._files().items() if group_of(name) == group]
+        return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
-    def groups(self) -> dict[str, Tensors]:
-        """The tensors of all groups, on the CPU."""
-        return {file.stem: self.tensors(file.stem) for file in sorted(self.path.glob("*.safetensors"))}
+    def _files(self) -> dict[str, dict[str, Any]]:
+        return json.loads((self.path / MANIFEST_NAME).read_text("utf-8"))["files"]
 
 
 @dataclass(frozen=True)
@@ -87,51 +101,74 @@ class Weights:
     which: str
 
 
-def save(run: Path, groups: Mapping[str, Tensors], state: Mapping[str, Any], *, keep: int) -> Path:
-    """Write a checkpoint of a run and remove all but the `keep` newest.
+def save(run: Path, pieces: Pieces, state: Mapping[str, Any], *, keep: int, world: World) -> Path:
+    """Write a checkpoint of a run and remove all but the `keep` newest. All processes call this.
 
     Args:
-        run: the run folder.
-        groups: tensors by group name; one safetensors file each.
-        state: JSON values; ``state["step"]`` names the checkpoint.
+        run: the run folder, which all processes see.
+        pieces: what this process has, by group of tensors and name.
+        state: JSON values, those of the main process; ``state["step"]`` names the checkpoint.
         keep: how many of the newest stay, at least 1.
+        world: the processes.
 
     Returns:
         The folder of the new checkpoint.
 
     Raises:
         CheckpointError: the disk is full or the folder cannot be written; older checkpoints are untouched.
+        PeerError, LostPeerError: that happened to another process, or it ended.
     """
     folder = run / CHECKPOINTS_NAME
     target = folder / f"step-{state['step']:08d}"
     temporary = folder / f"{_TEMPORARY}{target.name}"
-    try:
+
+    def prepare() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        for group, tensors in groups.items():
-            _write_tensors(temporary / f"{group}.safetensors", tensors)
+
+    def write() -> dict[str, Any]:
+        names = [file_name(group, world.rank, world.world_size) for group in pieces]
+        for name, group in zip(names, pieces.values(), strict=True):
+            _write_tensors(temporary / name, group)
+        return {name: _fingerprint(temporary / name) for name in names}
+
+    def commit() -> None:
+        files = {name: entry for part in parts for name, entry in part.items()}
         _write_json(temporary / STATE_NAME, state)
-        files = {file.name: _fingerprint(file) for file in sorted(temporary.iterdir())}
-        _write_json(temporary / MANIFEST_NAME, {"format": FORMAT, "files": files})
+        files[STATE_NAME] = _fingerprint(temporary / STATE_NAME)
+        _write_json(temporary / MANIFEST_NAME, {"format": FORMAT, "files": dict(sorted(files.items()))})
         _sync(temporary)
         if target.exists():
             # A folder cannot be renamed onto one that has files; the old one has the same step and is not newer.
             os.rename(target, folder / f"{_TEMPORARY}replaced-{target.name}")
         os.rename(temporary, target)
         _sync(folder)
-    except (OSError, require("safetensors").SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        newest = next(iter(_candidates(run)), None)
-        raise CheckpointError(
-            f"cannot write checkpoint {target}: {error}. "
-            + (f"The newest checkpoint is {newest}. " if newest else "There is no older checkpoint. ")
-            + "Make room or make the folder writable, then run the same command again."
-        ) from error
-    for old in _candidates(run)[keep:]:
-        # Renamed first, so that a half-removed checkpoint never stands under its name.
-        with contextlib.suppress(OSError):
-            os.rename(old, folder / f"{_TEMPORARY}old-{old.name}")
-    clean(run)
+
+    def tried(action: Callable[[], T]) -> T:
+        try:
+            return action()
+        except (OSError, require("safetensors").SafetensorError) as error:
+            newest = next(iter(_candidates(run)), None)
+            raise CheckpointError(
+                f"cannot write checkpoint {target}: {error}. "
+                + (f"The newest checkpoint is {newest}. " if newest else "There is no older checkpoint. ")
+                + "Make room or make the folder writable, then run the same command again."
+            ) from error
+
+    try:
+        world.on_main(lambda: tried(prepare))
+        parts = world.everywhere(lambda: tried(write))
+        world.on_main(lambda: tried(commit))
+    except RuntimeError:
+        if world.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if world.is_main:
+        for old in _candidates(run)[keep:]:
+            # Renamed first, so that a half-removed checkpoint never stands under its name.
+            with contextlib.suppress(OSError):
+                os.rename(old, folder / f"{_TEMPORARY}old-{old.name}")
+        clean(run)
     return target
 
 
@@ -149,7 +186,7 @@ def read(path: Path) -> Checkpoint:
     """
     try:
         manifest = json.loads((path / MANIFEST_NAME).read_text("utf-8"))
-        if manifest["format"] != FORMAT:
+        if manifest["format"] not in _READABLE:
             raise CheckpointError(f"checkpoint {path} has format {manifest['format']}, this version reads {FORMAT}")
         for name, want in manifest["files"].items():
             if (path / name).stat().st_size != want["bytes"] or _fingerprint(path / name) != want:
@@ -200,7 +237,8 @@ def load_weights(path: Path | str, which: Literal["ema", "raw"] = "ema") -> Weig
 
     Args:
         path: a run folder (its newest checkpoint), a recipe folder (its last stage that has one), or a checkpoint
-        folder. which: the moving average, or the trained weights themselves.
+            folder.
+        which: the moving average, or the trained weights themselves.
 
     Raises:
         FileNotFoundError: `path` does not exist, or holds no checkpoint.
@@ -255,9 +293,8 @@ def _candidates(run: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
-def _write_tensors(path: Path, tensors: Tensors) -> None:
-    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    require("safetensors.torch").save_file(on_cpu, path)
+def _write_tensors(path: Path, pieces: Mapping[str, Tensor | Fragment]) -> None:
+    write_pieces(path, pieces)
     _sync(path)
 
 

@@ -1,11 +1,10 @@
-"""How a network is trained: device, processes, precision, gradients, optimizer.
+"""How a network is trained: processes, precision, gradients, optimizer.
 
 A stage computes losses; an engine turns them into updates. Everything that depends on how training is spread over
-processes lies behind two small interfaces: `World` (who am I, which samples are mine) and `Engine` (one network with
-its optimizer).
+processes lies behind `Engine`, one network with its optimizer.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -13,68 +12,66 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from maskdm_fast.ops import backend
-from maskdm_fast.optim import AdamWEMA, ApexAdamEMA, use_apex_layer_norm
+from maskdm_fast.optim import AdamWEMA, ApexAdamEMA
+from maskdm_fast.train.pieces import Pieces, Reader
+from maskdm_fast.train.world import World
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp16"]
 LayerNorm = Literal["pytorch", "apex"]
-OPTIMIZERS = {"adamw-ema": AdamWEMA, "apex-fused-adam": ApexAdamEMA}
-"""Implementations of one optimizer: their checkpoints are the same."""
-
-
-@dataclass(frozen=True)
-class World:
-    """The processes that train together, seen from one of them.
-
-    Attributes:
-        device: where this process computes.
-        rank: its number, 0 to world_size - 1.
-        world_size: how many there are.
-    """
-
-    device: torch.device
-    rank: int = 0
-    world_size: int = 1
-
-    def slots(self, batch_size: int) -> Tensor:
-        """This process's places in the global batch, int64 on the CPU: ranks own contiguous, nearly equal shares."""
-        bounds = [batch_size * rank // self.world_size for rank in (self.rank, self.rank + 1)]
-        return torch.arange(*bounds)
-
-
-def make_world(device: str = "auto") -> World:
-    """The world of a single process.
-
-    Args:
-        device: ``auto`` (a GPU if there is one), or a PyTorch device such as ``cpu`` or ``cuda:1``.
-
-    Raises:
-        ValueError: the device does not exist here.
-    """
-    if device == "auto":
-        return World(backend.default_device())
-    try:
-        found = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"device {device!r} is not known; want auto, cpu, cuda or cuda:INDEX") from None
-    if found.type == "cuda":
-        count = len(backend.devices()["cuda"])
-        if (found.index or 0) >= count:
-            raise ValueError(f"device {device!r} is not there: PyTorch sees {count} CUDA devices; use --device cpu")
-    elif found.type != "cpu":
-        raise ValueError(f"device {device!r} is not supported; want auto, cpu, cuda or cuda:INDEX")
-    return World(found)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+OPTIMIZERS = {
+    ("adamw", "maskdm_fast"): AdamWEMA,
+    ("adamw", "apex"): ApexAdamEMA,
+}
+"""Optimizers by name and kernel; the kernels of one optimizer have the same checkpoints."""
+Work = Callable[[Hashable, Sequence[Tensor]], dict[str, Tensor]]
+"""``(constants, tensors) -> values``: forward and backward pass of a micro-batch; 0-d values by name. Of calls with the
+same constants only the tensors and the weights differ."""
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamWEMA's settings, per optimizer step; the learning rate comes with each step. And which of `OPTIMIZERS`."""
+    """The optimizer's settings, per optimizer step; the learning rate comes with each step. And which of
+    `OPTIMIZERS`."""
 
     betas: tuple[float, float]
     weight_decay: float
     max_grad_norm: float | None
     ema_decay: float
-    implementation: str = "adamw-ema"
+    name: Literal["adamw", "lamb"] = "adamw"
+    kernel: Literal["maskdm_fast", "apex"] = "maskdm_fast"
+
+    def make(self, params: Iterable[nn.Parameter], **options: object) -> AdamWEMA:
+        """The optimizer, with these options of its class besides; ValueError if no kernel computes it."""
+        if (self.name, self.kernel) not in OPTIMIZERS:
+            raise ValueError(f"optimizer {self.name} has no kernel of {self.kernel}; leave out --optimizer-kernel")
+        return OPTIMIZERS[self.name, self.kernel](
+            params,
+            lr=0.0,
+            betas=self.betas,
+            weight_decay=self.weight_decay,
+            ema_decay=self.ema_decay,
+            **{"max_grad_norm": self.max_grad_norm, **options},
+        )
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How the engine computes.
+
+    Attributes:
+        precision: of the forward pass; the trained weights are float32.
+        num_micro: micro-batches of a step.
+        compiled: parts of the network to compile, each for itself; names in its state dict stay as they are.
+        layer_norm: whose kernels the layer norms run on.
+        cuda_graph: replay forward and backward passes from CUDA graphs, see `maskdm_fast.train.cuda_graph`.
+    """
+
+    precision: Precision = "fp32"
+    num_micro: int = 1
+    compiled: tuple[nn.Module, ...] = ()
+    layer_norm: LayerNorm = "pytorch"
+    cuda_graph: bool = False
 
 
 class Engine(Protocol):
@@ -88,117 +85,84 @@ class Engine(Protocol):
     model: nn.Module
     device: torch.device
 
+    def micro_batch(self, *, last: bool) -> AbstractContextManager:
+        """Context of forward and backward pass of one micro-batch; `last`: of the last one before `step`."""
+        ...
+
+    def run(self, work: Work, constants: Hashable, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """``work(constants, tensors)``, within `micro_batch`. The values stand until the next call."""
+        ...
+
     def autocast(self) -> AbstractContextManager:
         """Context of the forward pass and the loss."""
         ...
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss` (0-d) to what `step` will use. The losses of one step must sum to the mean over
-        the global batch."""
+        this process's share of the global batch; the engine takes the mean over the processes."""
         ...
 
-    def step(self, lr: float) -> Tensor:
-        """Update weights and their moving average, forget the gradient; returns its global norm (0-d, before
-        clipping)."""
+    def step(self, lr: float) -> dict[str, Tensor]:
+        """Update weights and their moving average, forget the gradient.
+
+        Returns:
+            ``grad_norm``, the global norm before clipping; under fp16 also ``loss_scale`` and ``skipped`` (1 where the
+            gradient overflowed and nothing was changed). 0-d, the same in all processes.
+        """
         ...
 
-    def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Everything needed to continue: groups ``model`` (trained weights), ``ema`` (their average) and
-        ``optimizer``."""
+    def averaged(self) -> dict[str, Tensor]:
+        """The moving average of the weights as a complete state dict; all processes must ask."""
         ...
 
-    def load_state_dict(self, groups: Mapping[str, dict[str, Tensor]]) -> None:
-        """Continue from what `state_dict` returned."""
+    def pieces(self) -> Pieces:
+        """What this process has of everything needed to continue: groups ``model`` (trained weights, float32), ``ema``
+        (their average), ``optimizer`` and, under fp16, ``loss_scale``. Over all processes the pieces are complete, and
+        none is there twice."""
+        ...
+
+    def load(self, reader: Reader) -> None:
+        """Continue from the pieces of any engine and number of processes."""
         ...
 
 
-class PlainEngine:
-    """One process, one device, no sharding. Implements `Engine`.
+def make_engine(
+    name: str, model: nn.Module, optimizer: OptimizerSettings, settings: EngineSettings, world: World
+) -> Engine:
+    """The engine of this name: plain, ddp, zero1, zero2, zero3 or zero3-offload.
 
     Args:
-        model: the network, float32; moved to `world`'s device.
-        settings: of the optimizer.
-        world: the process; its `world_size` must be 1.
-        precision: ``bf16`` runs the forward pass under bfloat16 autocast.
-        compiled: parts of `model` to compile, each for itself; names in its state dict stay as they are.
-        layer_norm: whose kernels the layer norms of `model` run on.
+        model: the network, float32, the same in all processes.
 
     Raises:
         RuntimeError: something is to be compiled, but no compiler works here; apex is asked for, but not NVIDIA's or
-            not installed.
-        ValueError: apex is asked for on another device than CUDA.
+            not installed; DeepSpeed is asked for, but not installed.
+        ValueError: the engine cannot do what is asked for; apex is asked for on another device than CUDA.
     """
+    if settings.cuda_graph:
+        from maskdm_fast.train.cuda_graph import GraphEngine
 
-    def __init__(
-        self,
-        model: nn.Module,
-        settings: OptimizerSettings,
-        *,
-        world: World,
-        precision: Precision,
-        compiled: Iterable[nn.Module] = (),
-        layer_norm: LayerNorm = "pytorch",
-    ) -> None:
-        if world.world_size != 1:
-            raise ValueError(f"PlainEngine runs one process, but the world has {world.world_size}")
-        self.device = world.device
-        self.model = model.to(self.device)
-        self._precision = precision
-        if layer_norm == "apex":
-            use_apex_layer_norm(self.model)
-        _compile(compiled, self.device)
-        self._names = [name for name, _ in self.model.named_parameters()]
-        self._optimizer = OPTIMIZERS[settings.implementation](
-            self.model.parameters(),
-            lr=0.0,
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
-            ema_decay=settings.ema_decay,
-            max_grad_norm=settings.max_grad_norm,
-        )
+        return GraphEngine(name, model, optimizer, settings, world)
+    if name in ("plain", "ddp"):
+        from maskdm_fast.train.plain_engine import DataParallelEngine, PlainEngine
 
-    def autocast(self) -> AbstractContextManager:
-        if self._precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return (PlainEngine if name == "plain" else DataParallelEngine)(model, optimizer, settings, world)
+    from maskdm_fast.train.zero_engine import ZeroEngine
 
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
-
-    def step(self, lr: float) -> Tensor:
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        return self._optimizer.grad_norm
-
-    def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        model = self.model.state_dict()
-        groups: dict[str, dict[str, Tensor]] = {"model": model, "ema": dict(model), "optimizer": {}}
-        for index, slots in self._optimizer.state_dict()["state"].items():
-            name = self._names[index]
-            for key, value in slots.items():
-                if key == "ema":
-                    groups["ema"][name] = value
-                else:
-                    groups["optimizer"][f"{key}.{name}"] = torch.as_tensor(value)
-        return groups
-
-    def load_state_dict(self, groups: Mapping[str, dict[str, Tensor]]) -> None:
-        self.model.load_state_dict(groups["model"])
-        state: dict[int, dict[str, Tensor | int]] = {}
-        index_of = {name: index for index, name in enumerate(self._names)}
-        for key, value in groups["optimizer"].items():
-            slot, name = key.split(".", 1)
-            state.setdefault(index_of[name], {})[slot] = value if value.ndim else value.item()
-        for name, index in index_of.items():
-            if index in state:
-                state[index]["ema"] = groups["ema"][name]
-        self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": state})
+    return ZeroEngine(name, model, optimizer, settings, world)
 
 
-def _compile(modules: Iterable[nn.Module], device: torch.device) -> None:
-    """Compile each module's forward in place; equal modules share their code, so blocks compile once, not once each."""
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager:
+    """Context in which matrix products are computed in `precision`."""
+    return nullcontext() if precision == "fp32" else torch.autocast(device.type, dtype=DTYPES[precision])
+
+
+def compile_in_place(modules: Iterable[nn.Module], device: torch.device) -> None:
+    """Compile each module's forward; equal modules share their code, so blocks compile once, not once each.
+
+    Raises:
+        RuntimeError: no compiler works here.
+    """
     modules = list(modules)
     if not modules:
         return

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskdm_fast.diffusion.masking import Mask
 from maskdm_fast.train.config import MachineConfig, RunConfig
-from maskdm_fast.train.engine import World
 from maskdm_fast.train.stages import Batch, build_stage
+from maskdm_fast.train.world import World
 
 _OPS = {
     "linear": ("addmm", "mm", "sum"),

@@ -17,6 +17,7 @@ from torch import Tensor
 import maskdm_fast
 from maskdm_fast.ops import backend
 from maskdm_fast.train.trackers import Tracker
+from maskdm_fast.train.world import World
 
 METRICS_NAME = "metrics.jsonl"
 
@@ -30,51 +31,78 @@ class TrainingDivergedError(RuntimeError):
 
 
 class Meter:
-    """Running means of per-step values, kept on the device until they are asked for.
+    """Running means of per-step values over the processes, kept on the device until they are asked for.
 
-    Nothing here waits for the device but `check`, `means` and `state_dict`.
+    Nothing here waits for the device but `check`, `means` and `state_dict`, which all processes must call together.
+    Steps that a loss scale skipped (``skipped`` is 1) count in no mean, and their values need not be finite.
+
+    Args:
+        world: the processes; a value is the mean of theirs.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._sums: dict[str, Tensor] = {}
-        self._bad: dict[str, Tensor] = {}
-        self._count = 0
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._names: list[str] = []
+        self._sums = self._skips = torch.empty(0)
+        self._bad = torch.empty(0, dtype=torch.int64)
+        self._saved: dict[str, float] = {}
+        self._count = self._skipped_before = 0
 
     def update(self, values: dict[str, Tensor], step: int) -> None:
-        """Add the values (0-d tensors) of step number `step`, counted from 1."""
-        for name, value in values.items():
-            value = value.detach().to(torch.float64)
-            if name not in self._bad:
-                self._bad[name] = torch.full((), -1, dtype=torch.int64, device=self._device)
-            first_bad = (self._bad[name] < 0) & ~torch.isfinite(value)
-            self._bad[name] = torch.where(first_bad, step, self._bad[name])
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        """Add the values (0-d tensors, the same names every time) of step number `step`, counted from 1."""
+        values = {name: value.detach() for name, value in values.items()}
+        skipped = values.pop("skipped", None)
+        row = torch.stack([value.to(torch.float64) for value in values.values()])
+        if not self._names:
+            self._names = [*values, *([] if skipped is None else ["skipped"])]
+            self._bad = torch.full_like(row, -1, dtype=torch.int64)
+            self._sums = torch.tensor([self._saved.get(name, 0.0) for name in values], dtype=row.dtype).to(row.device)
+            self._skips = torch.full_like(row[0], self._saved.get("skipped", 0.0))
+        bad = ~torch.isfinite(row)
+        if skipped is not None:
+            bad &= skipped == 0
+            row = torch.where(skipped > 0, 0.0, row)
+            self._skips = self._skips + skipped
+        self._bad = torch.where((self._bad < 0) & bad, step, self._bad)
+        self._sums = self._sums + row
         self._count += 1
 
     def check(self) -> None:
         """Wait for the device; raise TrainingDivergedError if any value so far was not finite."""
-        steps = {name: int(step) for name, step in self._bad.items()}
-        bad = [(step, name) for name, step in steps.items() if step >= 0]
+        never = torch.iinfo(torch.int64).max
+        steps = self._world.smallest(torch.where(self._bad < 0, never, self._bad)).tolist()
+        bad = [(step, name) for step, name in zip(steps, self._names, strict=False) if step < never]
         if bad:
             step, name = min(bad)
             raise TrainingDivergedError(name, step)
 
     def means(self) -> dict[str, float]:
-        """Means since the last call, and start again."""
-        means = {name: float(total) / self._count for name, total in self._sums.items()}
-        self._sums, self._count = {}, 0
+        """Means since the last call, and start again; under a loss scale also ``skipped_steps`` since the run began."""
+        sums = self._totals()
+        skipped = sums.pop("skipped", None)
+        counted = self._count - (skipped or 0.0)
+        means = {name: total / counted if counted else math.nan for name, total in sums.items()}
+        if skipped is not None:
+            self._skipped_before += int(skipped)
+            means["skipped_steps"] = self._skipped_before
+            self._skips = torch.zeros_like(self._skips)
+        self._sums, self._count, self._saved = torch.zeros_like(self._sums), 0, {}
         return means
 
     def state_dict(self) -> dict[str, Any]:
         """The unfinished sums, so that a resumed run logs the same means as one that was never stopped."""
-        return {"count": self._count, "sums": {name: float(total) for name, total in self._sums.items()}}
+        return {"count": self._count, "sums": self._totals(), "skipped_steps": self._skipped_before}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._count = state["count"]
-        self._sums = {
-            name: torch.tensor(total, dtype=torch.float64, device=self._device) for name, total in state["sums"].items()
-        }
+        """Go on from what `state_dict` returned; before the first `update`."""
+        self._count, self._saved = state["count"], dict(state["sums"])
+        self._skipped_before = state.get("skipped_steps", 0)
+
+    def _totals(self) -> dict[str, float]:
+        if not self._names:
+            return dict(self._saved)
+        held = [*self._sums.cpu(), *([self._skips.cpu()] if "skipped" in self._names else [])]
+        return dict(zip(self._names, self._world.mean(torch.stack(held)).tolist(), strict=True))
 
 
 class Stopwatch:

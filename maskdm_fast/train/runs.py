@@ -3,22 +3,24 @@
 import json
 import os
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from maskdm_fast.data import ImageStore, open_dataset
+from maskdm_fast.data import ImageStore, LatentScaling, open_dataset
 from maskdm_fast.models import is_official, load_official
 from maskdm_fast.train import checkpoint as checkpoints
 from maskdm_fast.train.config import Recipe, RunConfig, differences
-from maskdm_fast.train.engine import make_world
 from maskdm_fast.train.extras import require
+from maskdm_fast.train.feed import Feed
+from maskdm_fast.train.progress import step_bar
 from maskdm_fast.train.scores import Scorer
 from maskdm_fast.train.signals import StopSignals
 from maskdm_fast.train.stages import build_stage
 from maskdm_fast.train.trackers import require_trackers
 from maskdm_fast.train.trainer import Trainer, TrainResult
+from maskdm_fast.train.world import World, make_world
 
 
 def train(
@@ -37,6 +39,7 @@ def train(
         FileNotFoundError: the data set or `init_from` is not there.
         TrainingDivergedError: a loss or gradient was not finite.
         CheckpointError: a checkpoint cannot be written, or those that are there are all damaged.
+        PeerError, LostPeerError: another process failed, or ended.
     """
     config.validate()
     # What is missing must show now, not at the first checkpoint.
@@ -45,23 +48,49 @@ def train(
     require_trackers(config.output.trackers)
     folder = Path(folder)
     world = make_world(config.machine.device)
-    store = open_store(config)
-    config = fit_to_classes(config, store.class_names)
+    store = world.on_each_machine(lambda: open_store(config))
+    config = fit_to_latents(fit_to_classes(config, store.class_names), store.latents)
     score = None
     if config.output.score_images:
         cache_dir = config.machine.cache_dir or default_cache_dir()
-        score = Scorer(config, store, cache_dir=cache_dir, device=world.device)
-    make_folder(folder)
-    with checkpoints.locked(folder), nullcontext(signals) if signals else StopSignals() as signals:
-        _claim(folder, config)
-        checkpoint = checkpoints.resume(folder)
+        score = Scorer(config, store, cache_dir=cache_dir, world=world)
+    with ExitStack() as stack:
+        world.on_main(lambda: _take(folder, config, stack))
+        _check_shared(folder, world)
+        signals = signals or stack.enter_context(StopSignals())
+        checkpoint = world.on_main(lambda: checkpoints.resume(folder))
         weights = None
         if checkpoint is None and config.stage.init_from is not None:
             weights = _initial_weights(config, folder)
-        trainer = Trainer(config, folder, build_stage(config, world, weights), store, world, score)
+        stage = build_stage(config, world, weights)
+        feed = Feed(config, store, world)
+        stack.callback(feed.close)
+        trainer = Trainer(config, folder, stage, store, feed, world, score)
         if checkpoint is not None:
             trainer.load(checkpoint)
         return trainer.run(signals, title=title or folder.name)
+
+
+def _take(folder: Path, config: RunConfig, stack: ExitStack) -> None:
+    """Make the run folder, hold it until `stack` closes, and write down what it is for."""
+    make_folder(folder)
+    stack.enter_context(checkpoints.locked(folder))
+    _claim(folder, config)
+
+
+def _check_shared(folder: Path, world: World) -> None:
+    """Raise RuntimeError if a process does not see what the main one has written to the run folder."""
+    written = world.on_main(lambda: (folder / checkpoints.CONFIG_NAME).read_bytes())
+
+    def look() -> None:
+        path = folder / checkpoints.CONFIG_NAME
+        if not path.exists() or path.read_bytes() != written:
+            raise RuntimeError(
+                f"the run folder {folder.resolve()} is not the one that the main process writes to; choose one with "
+                "--out on a file system that all machines share"
+            )
+
+    world.everywhere(look)
 
 
 def train_recipe(recipe: Recipe, folder: Path | str) -> TrainResult:
@@ -84,9 +113,17 @@ def open_store(config: RunConfig) -> ImageStore:
     """The run's data set, packed if it was not; ValueError if the model does not fit it."""
     cache_dir = config.machine.cache_dir or default_cache_dir()
     model = config.model
-    store = open_dataset(
-        config.data, model.image_size, channels=model.channels, cache_dir=cache_dir, skip_bad=config.skip_bad
-    )
+    with step_bar("preparing the data set") as progress:
+        store = open_dataset(
+            config.data,
+            model.image_size,
+            channels=model.channels,
+            cache_dir=cache_dir,
+            skip_bad=config.skip_bad,
+            latents=config.latents,
+            decoding=config.decoding,
+            progress=progress,
+        )
     classes = len(store.class_names)
     if config.model.num_classes not in (0, classes):
         raise ValueError(
@@ -108,6 +145,19 @@ def fit_to_classes(config: RunConfig, class_names: Sequence[str]) -> RunConfig:
     if not config.class_conditional:
         return config
     return replace(config, model=replace(config.model, num_classes=len(class_names)))
+
+
+def fit_to_latents(config: RunConfig, latents: LatentScaling | None) -> RunConfig:
+    """`config` with the scale and shift of the latents that the data set holds, if it does.
+
+    Raises:
+        ValueError: something is wished for that cannot be had with latents.
+    """
+    if latents is None:
+        return config
+    config = replace(config, latent_scale=latents.scale, latent_shift=latents.shift)
+    config.validate()
+    return config
 
 
 def default_cache_dir() -> Path:

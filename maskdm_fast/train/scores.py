@@ -2,7 +2,6 @@
 
 import os
 
-import torch
 from torch import Tensor
 
 from maskdm_fast.data import ImageStore
@@ -10,6 +9,7 @@ from maskdm_fast.eval import FeatureNetwork, cached_features, compare, load_feat
 from maskdm_fast.train.config import RunConfig
 from maskdm_fast.train.extras import require
 from maskdm_fast.train.stages import Stage
+from maskdm_fast.train.world import World
 
 MAX_REFERENCE = 10_000
 """Real images that a score compares with at most: the kernel distance takes all pairs."""
@@ -25,7 +25,7 @@ class Scorer:
         config: of the run.
         store: its images.
         cache_dir: where the features of the real images are kept.
-        device: of the feature network.
+        world: the processes; the main one compares what all have sampled.
 
     Raises:
         ImportError, RuntimeError: a package of the extra ``eval`` is missing.
@@ -33,12 +33,13 @@ class Scorer:
     """
 
     def __init__(
-        self, config: RunConfig, store: ImageStore, *, cache_dir: str | os.PathLike[str], device: torch.device
+        self, config: RunConfig, store: ImageStore, *, cache_dir: str | os.PathLike[str], world: World
     ) -> None:
         require("torchmetrics", "eval")
         self._output = config.output
-        self._store, self._cache_dir = store, cache_dir
-        self._network: FeatureNetwork = load_features(self._output.score_features).to(device)
+        self._store, self._cache_dir, self._world = store, cache_dir, world
+        # Everywhere, so that a wrong name is told by all of them at once.
+        self._network: FeatureNetwork = load_features(self._output.score_features).to(world.device)
         self._labels: Tensor | None = None
         if config.model.num_classes:
             num = self._output.score_num_images
@@ -49,6 +50,9 @@ class Scorer:
         """The scores, by their names (``fd_lite0``, ``kid_lite0``), with their floors and the numbers of images."""
         num_images = self._output.score_num_images
         samples = stage.preview(num_images, labels=self._labels, num_steps=self._output.score_steps)
+        return self._world.on_main(lambda: self._compare(samples))
+
+    def _compare(self, samples: Tensor) -> dict[str, float | int]:
         scores = compare(samples, self._reference(), self._network, seed=0)  # one floor for all stages of a recipe
         fd, kid = (name.lower().replace("-", "_") for name in (scores.fd_name, scores.kid_name))
         return {

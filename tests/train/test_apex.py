@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 
 from maskdm_fast.ops import backend
 from maskdm_fast.train import checkpoint, train
-from maskdm_fast.train.config import MachineConfig
+from maskdm_fast.train.config import DenoisingConfig, MachineConfig
 from maskdm_fast.train.engine import OPTIMIZERS
 
-APEX = {"optimizer": "apex-fused-adam", "layer_norm": "apex"}
+APEX = {"optimizer_kernel": "apex", "layer_norm": "apex"}
 
 
 def final(folder):
@@ -35,7 +35,7 @@ def test_a_run_and_its_resume(make_config, install_apex, tmp_path):
     train(plain, tmp_path / "plain")
     assert_close(final(tmp_path / "apex"), final(tmp_path / "plain"))
     for then in (config, plain):
-        folder = tmp_path / f"then-{then.machine.optimizer}"
+        folder = tmp_path / f"then-{then.machine.optimizer_kernel}"
         train(replace(config, stage=replace(config.stage, num_images=20)), folder)
         assert train(then, folder).step == 12
         assert_close(final(folder), final(tmp_path / "apex"))
@@ -52,5 +52,7 @@ def test_without_apex_nothing_is_trained(make_config, monkeypatch, tmp_path, opt
 
 
 def test_the_options_name_the_optimizers():
-    options = typing.get_type_hints(MachineConfig)["optimizer"]
-    assert typing.get_args(options) == tuple(OPTIMIZERS)
+    kernels = typing.get_args(typing.get_type_hints(MachineConfig)["optimizer_kernel"])
+    names = typing.get_args(typing.get_type_hints(DenoisingConfig)["optimizer"])
+    assert {kernel for _, kernel in OPTIMIZERS} == set(kernels)
+    assert {name for name, _ in OPTIMIZERS} == set(names)

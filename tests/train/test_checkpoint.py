@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from maskdm_fast.train import CheckpointError, RunConfig, checkpoint, load_weights
+from maskdm_fast.train.world import World
+
+ALONE = World(torch.device("cpu"))
 
 
 def save(run, step, *, keep=2, value=None):
@@ -17,7 +20,7 @@ def save(run, step, *, keep=2, value=None):
         "ema": {"w": torch.full((2, 3), value / 2)},
         "optimizer": {"exp_avg.w": torch.zeros(2, 3), "step.w": torch.tensor(step)},
     }
-    return checkpoint.save(run, groups, {"step": step, "config": RunConfig().to_dict()}, keep=keep)
+    return checkpoint.save(run, groups, {"step": step, "config": RunConfig().to_dict()}, keep=keep, world=ALONE)
 
 
 def names(run):
@@ -27,18 +30,19 @@ def names(run):
 def test_round_trip_is_exact(tmp_path):
     torch_values = torch.tensor([1.0, float("inf"), -0.0, 1e-45])
     groups = {"model": {"a.b": torch_values, "t": torch.arange(6.0).view(2, 3).t()}, "ema": {}, "optimizer": {}}
-    checkpoint.save(tmp_path, groups, {"step": 7}, keep=1)
+    checkpoint.save(tmp_path, groups, {"step": 7}, keep=1, world=ALONE)
     found = checkpoint.newest(tmp_path)
     assert found.step == 7
-    loaded = found.groups()
-    assert loaded.keys() == groups.keys()
-    assert torch.equal(loaded["model"]["a.b"].view(torch.int32), torch_values.view(torch.int32))
-    assert torch.equal(loaded["model"]["t"], groups["model"]["t"])
+    assert found.reader.names("ema") == found.reader.names("optimizer") == set()
+    loaded = found.tensors("model")
+    assert loaded.keys() == groups["model"].keys()
+    assert torch.equal(loaded["a.b"].view(torch.int32), torch_values.view(torch.int32))
+    assert torch.equal(loaded["t"], groups["model"]["t"])
 
 
 def test_views_of_one_buffer_can_be_saved(tmp_path):
     flat = torch.arange(6.0)
-    checkpoint.save(tmp_path, {"model": {"a": flat[:2], "b": flat[2:]}}, {"step": 1}, keep=1)
+    checkpoint.save(tmp_path, {"model": {"a": flat[:2], "b": flat[2:]}}, {"step": 1}, keep=1, world=ALONE)
     assert torch.equal(checkpoint.newest(tmp_path).tensors("model")["b"], flat[2:])
 
 
@@ -119,9 +123,12 @@ def test_a_file_size_limit_is_a_clear_error(tmp_path):
         "import resource, sys, torch\n"
         "from pathlib import Path\n"
         "from maskdm_fast.train import checkpoint\n"
+        "from maskdm_fast.train.world import World\n"
+        "alone = World(torch.device('cpu'))\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "try:\n"
-        "    checkpoint.save(Path(sys.argv[1]), {'model': {'w': torch.zeros(10000)}}, {'step': 1}, keep=1)\n"
+        "    pieces = {'model': {'w': torch.zeros(10000)}}\n"
+        "    checkpoint.save(Path(sys.argv[1]), pieces, {'step': 1}, keep=1, world=alone)\n"
         "except checkpoint.CheckpointError as error:\n"
         "    print(error)\n"
     )

@@ -14,6 +14,7 @@ from maskdm_fast.train.metrics import (
     package_versions,
     read_metrics,
 )
+from maskdm_fast.train.world import World
 
 
 def steps(folder, kind="log"):
@@ -61,11 +62,11 @@ def test_not_finite_values_stay_json(tmp_path):
 
 
 def test_meter_means_and_state():
-    meter = Meter(torch.device("cpu"))
+    meter = Meter(World(torch.device("cpu")))
     for step, loss in enumerate((1.0, 2.0, 6.0), start=1):
         meter.update({"loss": torch.tensor(loss)}, step)
     meter.check()
-    resumed = Meter(torch.device("cpu"))
+    resumed = Meter(World(torch.device("cpu")))
     resumed.load_state_dict(json.loads(json.dumps(meter.state_dict())))
     for each in (meter, resumed):
         each.update({"loss": torch.tensor(0.1)}, 4)
@@ -77,7 +78,7 @@ def test_meter_means_and_state():
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_meter_names_the_first_bad_step(bad):
-    meter = Meter(torch.device("cpu"))
+    meter = Meter(World(torch.device("cpu")))
     for step, (loss, norm) in enumerate([(1.0, 1.0), (1.0, bad), (bad, bad), (1.0, 1.0)], start=1):
         meter.update({"loss": torch.tensor(loss), "grad_norm": torch.tensor(norm)}, step)
     with pytest.raises(TrainingDivergedError, match="grad_norm became NaN or infinite at step 2"):

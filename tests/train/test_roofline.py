@@ -11,12 +11,12 @@ from maskdm_fast.ops import backend
 from maskdm_fast.ops.work import Work
 from maskdm_fast.train import PRESETS, launches
 from maskdm_fast.train.costs import Part
-from maskdm_fast.train.engine import World
 from maskdm_fast.train.estimate import estimate
 from maskdm_fast.train.hardware import HARDWARE, Hardware, find_hardware, probe, stated_peak
 from maskdm_fast.train.launches import count_launches
 from maskdm_fast.train.roofline import launches_of_parts, roofline
 from maskdm_fast.train.stages import Batch, build_stage
+from maskdm_fast.train.world import World
 
 needs_native = pytest.mark.skipif(not backend.has_native(), reason="the native library is not built")
 GPU = Hardware("gpu", {"bf16": 100.0}, 10.0, launch=1.0, product_share=0.5, bandwidth_share=0.1, device_names=("g",))

@@ -14,6 +14,7 @@ import torch
 from maskdm_fast.eval import FeatureNetwork, compare, compute_features
 from maskdm_fast.train import checkpoint, load_weights, read_metrics, scores, train
 from maskdm_fast.train.generation import generate
+from maskdm_fast.train.world import World
 from maskdm_fast.train.runs import fit_to_classes, open_store
 
 
@@ -156,7 +157,7 @@ def test_samples_have_the_classes_of_the_data_set(make_scored, image_folder, tmp
             asked.append((num_images, labels.bincount().tolist(), num_steps))
             return torch.from_numpy(store.images.copy()).repeat(2, 1, 1, 1)
 
-    scorer = scores.Scorer(config, store, cache_dir=cache_dir, device=torch.device("cpu"))
+    scorer = scores.Scorer(config, store, cache_dir=cache_dir, world=World(torch.device("cpu")))
     found = scorer(Stage())
     assert asked == [(48, [36, 12], 2)]
     assert found["fd_lite0"] == pytest.approx(0.0, abs=1.0) and found["num_generated"] == 48

@@ -4,11 +4,13 @@ A new stage is one file here (a class that implements `Stage`), one configuratio
 entry in `STAGES`. The trainer does not change.
 """
 
+from dataclasses import replace
+
 from maskdm_fast.train.checkpoint import Weights
 from maskdm_fast.train.config import DenoisingConfig, RunConfig
-from maskdm_fast.train.engine import World
 from maskdm_fast.train.stages.base import Batch, Stage
 from maskdm_fast.train.stages.denoising import DenoisingStage
+from maskdm_fast.train.world import World
 
 STAGES = {DenoisingConfig: DenoisingStage}
 """Which stage serves which configuration."""
@@ -16,6 +18,9 @@ STAGES = {DenoisingConfig: DenoisingStage}
 
 def build_stage(config: RunConfig, world: World, weights: Weights | None = None) -> Stage:
     """The stage that `config` asks for; arguments as in `Stage.build`."""
+    if config.machine.engine == "auto":
+        engine = "plain" if world.world_size == 1 else "ddp"
+        config = replace(config, machine=replace(config.machine, engine=engine))
     return STAGES[type(config.stage)].build(config, world, weights)
 
 

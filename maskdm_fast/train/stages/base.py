@@ -1,6 +1,6 @@
 """What the trainer expects of a stage."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -8,7 +8,8 @@ from torch import Tensor
 
 from maskdm_fast.train.checkpoint import Weights
 from maskdm_fast.train.config import RunConfig
-from maskdm_fast.train.engine import World
+from maskdm_fast.train.pieces import Pieces, Reader
+from maskdm_fast.train.world import World
 
 PREVIEW_STEPS = 25
 """Sampler steps of a preview, unless it is asked for more."""
@@ -58,8 +59,8 @@ class Stage(Protocol):
             step: optimizer steps done before this one.
 
         Returns:
-            What to log, 0-d tensors on the device: at least ``loss`` and ``grad_norm``. Nothing here waits for the
-            device.
+            What to log, 0-d tensors on the device, to be averaged over the processes: at least ``loss`` and
+            ``grad_norm``; ``skipped`` is 1 where a loss scale made the step void. Nothing here waits for the device.
         """
         ...
 
@@ -72,8 +73,13 @@ class Stage(Protocol):
         products and convolutions of forward and backward pass, nothing counted twice."""
         ...
 
+    def tokens_per_image(self, step: int) -> float:
+        """Tokens of one image that go through the network, on average, in the step that follows `step` finished ones:
+        visible patches and extras."""
+        ...
+
     def preview(self, num_images: int, *, labels: Tensor | None = None, num_steps: int = PREVIEW_STEPS) -> Tensor:
-        """Sample from the averaged weights, always with the same noise.
+        """Sample from the averaged weights, always with the same noise. All processes must ask; each samples a share.
 
         Args:
             num_images: how many.
@@ -85,10 +91,11 @@ class Stage(Protocol):
         """
         ...
 
-    def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Groups of tensors by name; ``model`` and ``ema`` are complete state dicts of the network to be sampled."""
+    def pieces(self) -> Pieces:
+        """What this process has of the state, as `Engine.pieces`; the groups ``model`` and ``ema`` make complete state
+        dicts of the network to be sampled."""
         ...
 
-    def load_state_dict(self, groups: Mapping[str, dict[str, Tensor]]) -> None:
-        """Continue from what `state_dict` returned."""
+    def load(self, reader: Reader) -> None:
+        """Continue from the pieces of any number of processes."""
         ...

@@ -2,7 +2,7 @@
 
 import functools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,9 +14,12 @@ from maskdm_fast.models.layers import Block
 from maskdm_fast.train.checkpoint import Weights
 from maskdm_fast.train.config import RunConfig
 from maskdm_fast.train.costs import counts_of_mask, model_flops
-from maskdm_fast.train.engine import Engine, OptimizerSettings, PlainEngine, World
+from maskdm_fast.train.cuda_graph import check_cuda_graph
+from maskdm_fast.train.engine import Engine, EngineSettings, OptimizerSettings, make_engine
 from maskdm_fast.train.generation import generate
+from maskdm_fast.train.pieces import Pieces, Reader
 from maskdm_fast.train.stages.base import PREVIEW_STEPS, Batch
+from maskdm_fast.train.world import World
 
 _SHOWN = 10
 
@@ -29,11 +32,12 @@ class DenoisingStage:
     Args:
         config: of the run.
         engine: holds the network.
+        world: the processes.
     """
 
-    def __init__(self, config: RunConfig, engine: Engine) -> None:
+    def __init__(self, config: RunConfig, engine: Engine, world: World) -> None:
         stage = config.stage
-        self._config, self._engine = config, engine
+        self._config, self._engine, self._world = config, engine, world
         self._objective = MaskedObjective(
             config.diffusion.noise_schedule(config.model),
             stage.mask,
@@ -49,46 +53,61 @@ class DenoisingStage:
 
     @classmethod
     def build(cls, config: RunConfig, world: World, weights: Weights | None) -> "DenoisingStage":
-        stage = config.stage
-        settings = OptimizerSettings(
-            stage.betas, stage.weight_decay, stage.max_grad_norm, stage.ema_decay, config.machine.optimizer
+        stage, machine = config.stage, config.machine
+        optimizer = OptimizerSettings(
+            stage.betas,
+            stage.weight_decay,
+            stage.max_grad_norm,
+            stage.ema_decay,
+            stage.optimizer,
+            machine.optimizer_kernel,
         )
         model = UViT(config.model, seed=config.seed)
         if weights is not None:
             _load(model, weights)
-        model.activation_checkpointing = config.machine.activation_checkpointing
-        blocks = [module for module in model.modules() if isinstance(module, Block)]
-        engine = PlainEngine(
-            model,
-            settings,
-            world=world,
-            precision=config.precision,
-            compiled=blocks if config.machine.compile else (),
-            layer_norm=config.machine.layer_norm,
+        model.activation_checkpointing = machine.activation_checkpointing
+        blocks = tuple(module for module in model.modules() if isinstance(module, Block))
+        settings = EngineSettings(
+            config.precision,
+            len(world.micro_batches(stage.batch_size, machine.micro_batch_size)),
+            blocks if machine.compile else (),
+            machine.layer_norm,
+            machine.cuda_graph,
         )
-        return cls(config, engine)
+        if machine.cuda_graph:
+            check_cuda_graph(config, world.device, machine.engine)
+        return cls(config, make_engine(machine.engine, model, optimizer, settings, world), world)
 
     def step(self, batches: Sequence[Batch], step: int) -> dict[str, Tensor]:
-        means = {name: torch.zeros((), device=self._engine.device) for name in ("loss", "mask_ratio")}
+        engine = self._engine
+        means = {name: torch.zeros((), device=engine.device) for name in ("loss", "mask_ratio")}
         mask = self._config.stage.mask_at(step)
-        for batch in batches:
-            with self._engine.autocast():
-                labels = batch.labels if self._config.model.num_classes else None
-                out = self._objective(
-                    self._engine.model,
-                    batch.images,
-                    labels,
-                    seed=self._config.seed,
-                    step=step,
-                    slots=batch.slots,
-                    mask=mask,
-                )
-            # Each image weighs 1 / batch_size, so the split into micro-batches changes nothing but rounding.
-            weight = len(batch.slots) / self._config.stage.batch_size
-            self._engine.backward(out["loss"] * weight)
+        share = sum(len(batch.slots) for batch in batches)
+        step_there = torch.full((), step, dtype=torch.int64, device=engine.device)
+        for number, batch in enumerate(batches, start=1):
+            # Each image weighs the same, so the split into micro-batches changes nothing but rounding.
+            constants = (mask, len(batch.slots) / share)
+            with engine.micro_batch(last=number == len(batches)):
+                values = engine.run(self._micro_batch, constants, (batch.images, batch.labels, batch.slots, step_there))
             for name in means:
-                means[name] += out[name].detach() * weight
-        return {**means, "grad_norm": self._engine.step(self.lr(step))}
+                means[name] += values[name]
+        return {**means, **engine.step(self.lr(step))}
+
+    def _micro_batch(self, constants: tuple[Mask, float], tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Forward and backward pass; the means over the micro-batch, weighted."""
+        (mask, weight), (images, labels, slots, step) = constants, tensors
+        with self._world.timer.part("forward"), self._engine.autocast():
+            out = self._objective(
+                self._engine.model,
+                images,
+                labels if self._config.model.num_classes else None,
+                seed=self._config.seed,
+                step=step,
+                slots=slots,
+                mask=mask,
+            )
+        self._engine.backward(out["loss"] * weight)
+        return {name: out[name].detach() * weight for name in ("loss", "mask_ratio")}
 
     def lr(self, step: int) -> float:
         return self._config.stage.lr_at(step)
@@ -98,22 +117,38 @@ class DenoisingStage:
         side = config.image_size // config.patch_size
         return _model_flops(config, stage.mask_at(step), stage.unmasked_share, (side, side))
 
+    def tokens_per_image(self, step: int) -> float:
+        config, stage = self._config.model, self._config.stage
+        side = config.image_size // config.patch_size
+        counts = counts_of_mask(stage.mask_at(step), stage.unmasked_share, (side, side))
+        return config.num_extras + sum(count * share for count, share in counts)
+
     def preview(self, num_images: int, *, labels: Tensor | None = None, num_steps: int = PREVIEW_STEPS) -> Tensor:
-        return generate(
-            self._config,
-            self._engine.state_dict()["ema"],
-            num_images,
-            num_steps=num_steps,
-            seed=self._config.seed,
-            labels=labels,
-            device=self._engine.device,
-        )
+        tensors = self._engine.averaged()
+        world = self._world
+        mine = torch.arange(num_images).tensor_split(world.world_size)[world.rank].tolist()
 
-    def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        return self._engine.state_dict()
+        def draw() -> Tensor | None:
+            if not mine:
+                return None
+            return generate(
+                self._config,
+                tensors,
+                len(mine),
+                num_steps=num_steps,
+                seed=self._config.seed,
+                first_slot=mine[0],
+                labels=None if labels is None else labels[mine],
+                device=self._engine.device,
+            )
 
-    def load_state_dict(self, groups: Mapping[str, dict[str, Tensor]]) -> None:
-        self._engine.load_state_dict(groups)
+        return torch.cat([images for images in world.everywhere(draw) if images is not None])
+
+    def pieces(self) -> Pieces:
+        return self._engine.pieces()
+
+    def load(self, reader: Reader) -> None:
+        self._engine.load(reader)
 
 
 @functools.lru_cache(maxsize=64)

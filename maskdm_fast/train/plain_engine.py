@@ -1,0 +1,160 @@
+"""Engines in which every process holds the whole network: one process alone, or several that share the work."""
+
+from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from maskdm_fast.optim import use_apex_layer_norm
+from maskdm_fast.train.engine import EngineSettings, OptimizerSettings, Work, autocast, compile_in_place
+from maskdm_fast.train.loss_scale import LossScale
+from maskdm_fast.train.pieces import Pieces, Reader, share_out
+from maskdm_fast.train.world import World
+
+_SCALARS = ("step",)  # slots of the optimizer that are one number per parameter
+
+
+class PlainEngine:
+    """One process, one device, no sharding. Implements `Engine`.
+
+    Args:
+        model: the network, float32; moved to `world`'s device.
+        optimizer: its settings.
+        settings: how to compute.
+        world: the process.
+
+    Raises:
+        RuntimeError, ValueError: as `maskdm_fast.train.engine.make_engine`.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: OptimizerSettings, settings: EngineSettings, world: World) -> None:
+        self._check(world)
+        self.device = world.device
+        self.model = self._network = model.to(self.device)
+        self._world, self._precision = world, settings.precision
+        if settings.layer_norm == "apex":
+            use_apex_layer_norm(self._network)
+        compile_in_place(settings.compiled, self.device)
+        self._names = [name for name, _ in self._network.named_parameters()]
+        self._loss_scale = LossScale(self.device) if settings.precision == "fp16" else None
+        options = {"capturable": True} if self._loss_scale else {}
+        self._optimizer = optimizer.make(self._network.parameters(), **options)
+
+    def _check(self, world: World) -> None:
+        if world.world_size != 1:
+            raise ValueError(f"engine plain is one process, but there are {world.world_size}; use --engine ddp")
+
+    def micro_batch(self, *, last: bool) -> AbstractContextManager:
+        return nullcontext()
+
+    def run(self, work: Work, constants: Hashable, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        return work(constants, tensors)
+
+    def autocast(self) -> AbstractContextManager:
+        return autocast(self.device, self._precision)
+
+    def backward(self, loss: Tensor) -> None:
+        with self._world.timer.part("backward"):
+            (loss if self._loss_scale is None else loss * self._loss_scale.scale).backward()
+
+    def step(self, lr: float) -> dict[str, Tensor]:
+        with self._world.timer.part("optimizer"):
+            return self._step(lr)
+
+    def _step(self, lr: float) -> dict[str, Tensor]:
+        optimizer, values = self._optimizer, {}
+        for group in optimizer.param_groups:
+            if optimizer.capturable:
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+        if self._loss_scale is None:
+            optimizer.step()
+        else:
+            values["loss_scale"] = self._loss_scale.scale.clone()
+            optimizer.step(loss_scale=self._loss_scale.scale)
+            values["skipped"] = self._loss_scale.update(optimizer.found_inf)
+        self._forget_gradients()
+        return {"grad_norm": optimizer.grad_norm, **values}
+
+    def _forget_gradients(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def averaged(self) -> dict[str, Tensor]:
+        return {**self._network.state_dict(), **dict(zip(self._names, self._optimizer.ema_parameters(), strict=True))}
+
+    def pieces(self) -> Pieces:
+        weights = self._network.state_dict()
+        ranks = share_out({name: tensor.numel() for name, tensor in weights.items()}, self._world.world_size)
+        mine = {name for name, rank in ranks.items() if rank == self._world.rank}
+        groups: dict[str, dict[str, Tensor]] = {
+            "model": {name: tensor for name, tensor in weights.items() if name in mine},
+            "ema": {name: tensor for name, tensor in self.averaged().items() if name in mine},
+            "optimizer": {},
+        }
+        for name, param in self._network.named_parameters():
+            if name in mine:
+                for slot, value in self._optimizer.state[param].items():
+                    # One tensor counts the steps of many parameters; a file wants one each.
+                    held = torch.tensor(int(value)) if slot in _SCALARS else value
+                    if slot != "ema":
+                        groups["optimizer"][f"{slot}.{name}"] = held
+        if self._loss_scale is not None and self._world.is_main:
+            groups["loss_scale"] = self._loss_scale.state_dict()
+        return groups
+
+    def load(self, reader: Reader) -> None:
+        self._network.load_state_dict({name: reader.tensor("model", name) for name in reader.names("model")})
+        index_of = {name: index for index, name in enumerate(self._names)}
+        state: dict[int, dict[str, Any]] = {}
+        for key in reader.names("optimizer"):
+            slot, name = key.split(".", 1)
+            value = reader.tensor("optimizer", key)
+            state.setdefault(index_of[name], {})[slot] = int(value) if slot in _SCALARS else value
+        for index, slots in state.items():
+            slots["ema"] = reader.tensor("ema", self._names[index])
+        self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": state})
+        if self._loss_scale is not None and reader.names("loss_scale"):
+            names = reader.names("loss_scale")
+            self._loss_scale.load_state_dict({name: reader.tensor("loss_scale", name) for name in names})
+
+
+class DataParallelEngine(PlainEngine):
+    """Several processes, each with the whole network and a share of every batch; gradients are averaged by PyTorch's
+    DistributedDataParallel beside the backward pass. Implements `Engine`.
+
+    Arguments and errors as for `PlainEngine`.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: OptimizerSettings, settings: EngineSettings, world: World) -> None:
+        super().__init__(model, optimizer, settings, world)
+        self.model = DistributedDataParallel(
+            self._network,
+            device_ids=[self.device] if self.device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+        )
+        self.model.register_comm_hook(world, _average)
+
+    def _check(self, world: World) -> None:
+        if world.world_size == 1:
+            raise ValueError("engine ddp is for several processes, but there is one; use torchrun, or --engine plain")
+
+    def micro_batch(self, *, last: bool) -> AbstractContextManager:
+        return nullcontext() if last else self.model.no_sync()
+
+
+def _average(world: World, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Mean of a bucket of gradients over the processes; in a step whose time is split, waited for and timed."""
+    if not world.timer.armed:
+        return allreduce_hook(None, bucket)
+    gradient = bucket.buffer().div_(world.world_size)
+    with world.timer.part("communication"):
+        dist.all_reduce(gradient)
+    future = torch.futures.Future(devices=[world.device] if world.device.type == "cuda" else None)
+    future.set_result(gradient)
+    return future

@@ -1,0 +1,302 @@
+"""DeepSpeed ZeRO: optimizer state, gradients and weights divided among the processes. The only place that imports
+deepspeed."""
+
+import logging
+import os
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from maskdm_fast.train.engine import EngineSettings, OptimizerSettings, Work, compile_in_place
+from maskdm_fast.train.extras import require
+from maskdm_fast.train.loss_scale import LossScale
+from maskdm_fast.train.memory import KEPT_VALUES, zero_sizes
+from maskdm_fast.train.pieces import Fragment, Pieces, Reader
+from maskdm_fast.train.world import World
+
+STAGES = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3-offload": 3}
+_SLOTS = ("exp_avg", "exp_avg_sq", "ema")
+
+
+@dataclass(frozen=True)
+class _Share:
+    """This process's part of one parameter.
+
+    Attributes:
+        flat: key of the optimizer's state: a flat float32 tensor with parts of many parameters.
+        place: where the part begins in it.
+        start, count: which values of the flattened parameter they are.
+    """
+
+    flat: Tensor
+    place: int
+    start: int
+    count: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The values of this part in a tensor that is laid out like `flat`."""
+        return tensor.detach().narrow(0, self.place, self.count)
+
+
+class ZeroEngine:
+    """DeepSpeed ZeRO around our optimizer, whose state DeepSpeed divides with the moving average in it. Implements
+    `Engine`.
+
+    Under bf16 and fp16 weights and gradients have 16 bits and the trained weights are float32 copies, divided like the
+    optimizer's state. Checkpoints hold what each process owns, parameter by parameter, and know nothing of DeepSpeed.
+
+    Args:
+        name: zero1 (optimizer state is divided), zero2 (gradients too), zero3 (weights too) or zero3-offload (zero3 in
+            the memory of the CPU).
+        model: the network, float32, the same in all processes; it becomes DeepSpeed's.
+        optimizer: its settings.
+        settings: how to compute.
+        world: the processes.
+
+    Raises:
+        RuntimeError: DeepSpeed is not installed.
+        ValueError: what is asked for does not go with ZeRO.
+    """
+
+    def __init__(
+        self, name: str, model: nn.Module, optimizer: OptimizerSettings, settings: EngineSettings, world: World
+    ) -> None:
+        deepspeed = _import_deepspeed(world.device)
+        self._stage, self._world, self._precision = STAGES[name], world, settings.precision
+        self._check(name, optimizer, settings)
+        if not dist.is_initialized():
+            backend = "nccl" if world.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        self.device = world.device
+        compile_in_place(settings.compiled, self.device)
+        names = {param: name for name, param in model.named_parameters()}
+        self._shapes = {name: tuple(param.shape) for param, name in names.items()}
+        clip = optimizer.max_grad_norm or 0.0
+        # DeepSpeed clips: a process sees a part of the gradient only.
+        own = optimizer.make(model.parameters(), max_grad_norm=None, compute_grad_norm=False)
+        self.model, self._zero, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=own,
+            config=_config(name, settings, clip, sum(param.numel() for param in names), self.device),
+            dist_init_required=False,
+        )
+        if settings.precision == "fp16":
+            # At the smallest scale an overflow means divergence, which the meter tells better.
+            self._zero.loss_scaler.raise_error_at_min_scale = False
+        self._optimizer = own
+        self._params = {name: param for param, name in names.items()}
+        self._communicated: dict[str, float] = {}  # seconds, by operation
+        self._make_states()
+        self._shares = self._find_shares()
+
+    def _check(self, name: str, optimizer: OptimizerSettings, settings: EngineSettings) -> None:
+        if optimizer.name == "lamb":
+            raise ValueError(f"optimizer lamb needs the norm of whole tensors, which {name} divides; use plain or ddp")
+        if optimizer.kernel != "maskdm_fast" or settings.layer_norm != "pytorch":
+            raise ValueError(f"the kernels of apex are for the engines plain and ddp, not for {name}; leave them out")
+        if settings.compiled and self._stage == 3:
+            raise ValueError(
+                f"engine {name} gathers and drops weights around every layer, which torch.compile cannot trace; leave "
+                "out --compile, or use zero2"
+            )
+
+    def _flats(self) -> list[Tensor]:
+        if self._stage == 3:
+            return self._zero.fp32_partitioned_groups_flat
+        return self._zero.single_partition_of_fp32_groups
+
+    def _make_states(self) -> None:
+        """The optimizer's state, moving average included, from the float32 weights before the first step."""
+        (group,) = self._optimizer.param_groups
+        before, group["params"] = group["params"], list(self._flats())
+        for _ in self._optimizer.ema_parameters():
+            pass
+        group["params"] = before
+
+    def _find_shares(self) -> dict[str, _Share]:
+        """The parts of this process, by name of the parameter; it need not have a part of every one."""
+        shares = {}
+        for name, param in self._params.items():
+            if self._stage == 3:
+                index, place, count = self._zero.grad_position[self._zero.get_param_id(param)]
+                start = self._world.rank * count
+                count = min(count, param.ds_numel - start)  # the last part is padded
+                if count > 0:
+                    shares[name] = _Share(self._flats()[index], place, start, count)
+            elif param._hp_mapping is not None:
+                mapping = param._hp_mapping
+                place, part = mapping.get_hp_fragment_address(), mapping.lp_fragment_address
+                flat = self._flats()[mapping.param_group_index]
+                shares[name] = _Share(flat, place.start, part.start, part.numel)
+        return shares
+
+    @contextmanager
+    def micro_batch(self, *, last: bool) -> Iterator[None]:
+        with self._timed_communication():
+            yield
+        if not last:
+            self.model.step()  # counts the micro-batch
+
+    def run(self, work: Work, constants: Hashable, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        return work(constants, tensors)
+
+    def autocast(self) -> AbstractContextManager:
+        return nullcontext()  # the weights themselves have the precision
+
+    def backward(self, loss: Tensor) -> None:
+        with self._world.timer.part("backward"):
+            self.model.backward(loss, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> dict[str, Tensor]:
+        with self._world.timer.part("optimizer"), self._timed_communication():
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr
+            scale = self._zero.loss_scale
+            self.model.step()
+            norm = self._zero._global_grad_norm
+            norm = torch.as_tensor(norm, dtype=torch.float32, device=self.device)
+            # -1 is DeepSpeed's word for a norm that is not finite.
+            norm = torch.where(norm < 0, torch.nan, norm)
+            if self._precision != "fp16":
+                return {"grad_norm": torch.full_like(norm, torch.nan) if self._zero.overflow else norm}
+            skipped = self._zero.overflow and scale > 1.0
+            return {
+                "grad_norm": torch.full_like(norm, torch.nan) if self._zero.overflow else norm,
+                "loss_scale": torch.full_like(norm, scale),
+                "skipped": torch.full_like(norm, float(skipped)),
+            }
+
+    def averaged(self) -> dict[str, Tensor]:
+        gather = _import_deepspeed(self.device).utils.safe_get_full_optimizer_state
+        return {name: gather(param, "ema").view(self._shapes[name]) for name, param in self._params.items()}
+
+    def pieces(self) -> Pieces:
+        groups: dict[str, dict[str, Any]] = {"model": {}, "ema": {}, "optimizer": {}}
+        for name, share in self._shares.items():
+            state, shape = self._optimizer.state[share.flat], self._shapes[name]
+            groups["model"][name] = Fragment(share.of(share.flat), share.start, shape)
+            for slot in _SLOTS:
+                group, key = ("ema", name) if slot == "ema" else ("optimizer", f"{slot}.{name}")
+                groups[group][key] = Fragment(share.of(state[slot]), share.start, shape)
+            if share.start == 0:
+                groups["optimizer"][f"step.{name}"] = torch.tensor(int(state["step"]))
+        if self._precision == "fp16" and self._world.is_main:
+            scaler = self._zero.loss_scaler
+            groups["loss_scale"] = {
+                "scale": torch.tensor(float(scaler.cur_scale)),
+                "streak": torch.tensor(scaler.cur_iter - scaler.last_overflow_iter - 1),
+            }
+        return groups
+
+    def load(self, reader: Reader) -> None:
+        steps = reader.names("optimizer")
+        for name, share in self._shares.items():
+            stop = share.start + share.count
+            share.of(share.flat).copy_(reader.fragment("model", name, share.start, stop))
+            if f"step.{name}" not in steps:
+                continue  # saved before the first step
+            state = self._optimizer.state[share.flat]
+            for slot in _SLOTS:
+                group, key = ("ema", name) if slot == "ema" else ("optimizer", f"{slot}.{name}")
+                share.of(state[slot]).copy_(reader.fragment(group, key, share.start, stop))
+            state["step"] = int(reader.tensor("optimizer", f"step.{name}"))
+        self._load_computed(reader)
+        if self._precision == "fp16" and reader.names("loss_scale"):
+            scaler = self._zero.loss_scaler
+            scaler.cur_scale = float(reader.tensor("loss_scale", "scale"))
+            scaler.last_overflow_iter = scaler.cur_iter - int(reader.tensor("loss_scale", "streak")) - 1
+
+    @torch.no_grad()
+    def _load_computed(self, reader: Reader) -> None:
+        """The weights that the forward pass uses, which are copies of the trained ones."""
+        if self._stage < 3:
+            for name, param in self._params.items():
+                param.copy_(reader.tensor("model", name))
+            return
+        # Small weights are kept gathered: DeepSpeed has to drop them, and gather them again from the new parts.
+        kept = self._zero.persistent_parameters
+        if kept:
+            kept[0].partition(kept)
+        for name, share in self._shares.items():
+            part = self._params[name].ds_tensor
+            part.narrow(0, 0, share.count).copy_(share.of(share.flat))
+        if kept:
+            kept[0].all_gather(kept)
+
+    @contextmanager
+    def _timed_communication(self) -> Iterator[None]:
+        """Add what DeepSpeed spends on communication to the timer, in a step whose time is split."""
+        if not self._world.timer.armed:
+            yield
+            return
+        from deepspeed.comm import comm
+
+        comm.configure(enabled=True, prof_all=True, verbose=False)
+        comm.comms_logger.comms_dict.clear()
+        try:
+            yield
+        finally:
+            comm.configure(enabled=False, prof_all=False)
+        for operation, sizes in comm.comms_logger.comms_dict.items():
+            # DeepSpeed adds up what an operation has taken since the first time.
+            total = max(milliseconds[-1] for _, milliseconds, *_ in sizes.values()) / 1e3
+            self._world.timer.add("communication", total - self._communicated.get(operation, 0.0))
+            self._communicated[operation] = total
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    # DeepSpeed tells every step of its set-up, and PyTorch's builder of extensions, which it imports, about GPUs.
+    for name in ("DeepSpeed", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    deepspeed = require("deepspeed", "deepspeed")
+    # An all-reduce for inference that would be compiled now.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _config(
+    name: str, settings: EngineSettings, max_grad_norm: float, num_values: int, device: torch.device
+) -> dict[str, Any]:
+    """DeepSpeed's configuration."""
+    sizes = zero_sizes(num_values)
+    zero: dict[str, Any] = {
+        "stage": STAGES[name],
+        "reduce_bucket_size": sizes.bucket,
+        "overlap_comm": device.type == "cuda",
+    }
+    if STAGES[name] == 3:
+        zero |= {
+            "stage3_prefetch_bucket_size": sizes.window // 2,
+            "stage3_max_live_parameters": sizes.window,
+            "stage3_max_reuse_distance": sizes.window,
+            "stage3_param_persistence_threshold": KEPT_VALUES,
+        }
+    else:
+        zero["allgather_bucket_size"] = sizes.bucket
+    if name == "zero3-offload":
+        place = {"device": "cpu", "pin_memory": device.type == "cuda"}
+        zero |= {"offload_optimizer": place, "offload_param": place}
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # not used: batches are made here
+        "gradient_accumulation_steps": settings.num_micro,
+        "gradient_clipping": max_grad_norm,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # ours steps offloaded state, too
+        # Looking for overflows would wait for the device in every step; the meter finds them at log intervals.
+        "bf16": {"enabled": settings.precision == "bf16", "check_grad_overflow": False},
+        "fp16": {
+            "enabled": settings.precision == "fp16",
+            "initial_scale_power": int(LossScale.initial).bit_length() - 1,
+            "loss_scale_window": LossScale.growth_interval,
+            "hysteresis": 1,
+            "min_loss_scale": 1,
+        },
+        "steps_per_print": 2**62,
+    }
