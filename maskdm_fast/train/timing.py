@@ -23,7 +23,8 @@ class StepTimer:
     Each part counts all that happens inside it. data, forward, backward and optimizer follow each other, so they add
     up to the step. communication happens inside of them (ddp averages gradients during the backward pass, ZeRO gathers
     weights in the forward pass) and is counted in both: communication tells which share of the others it is, where an
-    engine waits for it, and at most that where it runs beside the arithmetic.
+    engine waits for it, and at most that where it runs beside the arithmetic. Replayed from a CUDA graph, forward and
+    backward pass are one, and count as forward.
 
     Args:
         device: where this process computes.

@@ -4,9 +4,14 @@ import pytest
 import torch
 from torch import nn
 
+from maskdm_fast.diffusion.mask_schedule import MaskSchedule
 from maskdm_fast.diffusion.masking import NoMask, PatchMask
+from maskdm_fast.models import UViT
 from maskdm_fast.train import cuda_graph
-from maskdm_fast.train.cuda_graph import MicroBatchGraphs, check_cuda_graph, flat_gradients
+from maskdm_fast.train.cuda_graph import GraphEngine, MicroBatchGraphs, check_cuda_graph, flat_gradients
+from maskdm_fast.train.engine import EngineSettings, OptimizerSettings
+from maskdm_fast.train.stages import Batch, DenoisingStage, build_stage
+from maskdm_fast.train.world import World
 
 CUDA = torch.device("cuda")
 
@@ -59,10 +64,10 @@ def batches():
 def test_replays_give_the_numbers_of_eager_calls():
     eager, replayed, recorder = make_model(), make_model(), Deferred()
     gradients = flat_gradients(replayed.parameters())
-    graphs = MicroBatchGraphs(make_work(replayed), gradients, recorder)
+    graphs, work = MicroBatchGraphs(gradients, recorder), make_work(replayed)
     for constant, tensors in batches():
         wanted = make_work(eager)(constant, tensors)
-        found = graphs(constant, tensors)
+        found = graphs.run(work, constant, tensors)
         assert found.keys() == wanted.keys()
         assert all(torch.equal(found[name], value) for name, value in wanted.items())
         for one, other in zip(eager.parameters(), replayed.parameters(), strict=True):
@@ -73,22 +78,22 @@ def test_replays_give_the_numbers_of_eager_calls():
 def test_a_graph_reads_only_what_was_copied_for_it():
     """The tensors of the first call may be gone, or changed, when the graph is replayed."""
     model, recorder = make_model(), Deferred()
-    graphs = MicroBatchGraphs(make_work(model), flat_gradients(model.parameters()), recorder)
+    graphs, work = MicroBatchGraphs(flat_gradients(model.parameters()), recorder), make_work(model)
     x = torch.ones(4, 3)
-    first = graphs(1.0, (x, torch.tensor(1)))["loss"].clone()
+    first = graphs.run(work, 1.0, (x, torch.tensor(1)))["loss"].clone()
     x.fill_(7.0)
-    assert torch.equal(graphs(1.0, (torch.ones(4, 3), torch.tensor(1)))["loss"], first)
+    assert torch.equal(graphs.run(work, 1.0, (torch.ones(4, 3), torch.tensor(1)))["loss"], first)
 
 
 def test_few_graphs_are_kept(monkeypatch):
     monkeypatch.setattr(cuda_graph, "MOST_GRAPHS", 2)
     model, recorder = make_model(), Deferred()
-    graphs = MicroBatchGraphs(make_work(model), flat_gradients(model.parameters()), recorder)
+    graphs, work = MicroBatchGraphs(flat_gradients(model.parameters()), recorder), make_work(model)
     tensors = (torch.ones(4, 3), torch.tensor(1))
     for constant in (1.0, 2.0, 1.0, 3.0, 1.0):  # 2.0 is the one that was not used for longest
-        graphs(constant, tensors)
+        graphs.run(work, constant, tensors)
     assert recorder.recorded == 3
-    graphs(2.0, tensors)
+    graphs.run(work, 2.0, tensors)
     assert recorder.recorded == 4
 
 
@@ -107,9 +112,9 @@ def test_what_cannot_be_recorded_says_so():
         (Refuses(), RuntimeError, "cannot be recorded in a CUDA graph: operation .* capturing; leave out --cuda-graph"),
         (Full(), torch.OutOfMemoryError, "CUDA out of memory"),
     ):
-        graphs = MicroBatchGraphs(make_work(model), flat_gradients(model.parameters()), recorder)
+        graphs, work = MicroBatchGraphs(flat_gradients(model.parameters()), recorder), make_work(model)
         with pytest.raises(error, match=message):
-            graphs(1.0, (torch.ones(4, 3), torch.tensor(1)))
+            graphs.run(work, 1.0, (torch.ones(4, 3), torch.tensor(1)))
 
 
 def test_gradients_are_parts_of_one_tensor():
@@ -138,3 +143,81 @@ def test_what_is_refused(make_config):
         with pytest.raises(ValueError, match=message) as raised:
             check_cuda_graph(config, device, engine)
         assert "leave out --cuda-graph" in str(raised.value)
+
+
+CHANGES = {
+    "a ratio that falls": {"mask_schedule": MaskSchedule("steps", ((0.25, 8),)), "micro_batch_size": 3},
+    "bf16": {"precision": "bf16", "hflip": 0.5},
+    "fp16": {"precision": "fp16", "micro_batch_size": 2},
+}
+
+
+@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
+def test_a_stage_trains_as_it_does_without_graphs(make_config, changes):
+    """5 steps, bit for bit, of batches that go into micro-batches of two sizes."""
+    config, world, recorder = make_config(batch_size=5, **changes), World(torch.device("cpu")), Deferred()
+    stage = config.stage
+    optimizer = OptimizerSettings(stage.betas, stage.weight_decay, stage.max_grad_norm, stage.ema_decay)
+    settings = EngineSettings(config.precision)
+    engine = GraphEngine("plain", UViT(config.model, seed=config.seed), optimizer, settings, world, recorder)
+    graphed, eager = DenoisingStage(config, engine, world), build_stage(config, world)
+    slots = world.micro_batches(stage.batch_size, config.machine.micro_batch_size)
+    for step in range(5):
+        images = torch.arange(5 * 8 * 8 * 3).mul(step + 3).to(torch.uint8).view(5, 8, 8, 3)
+        batches = [Batch(images[part], torch.full_like(part, -1), part) for part in slots]
+        found, wanted = graphed.step(batches, step), eager.step(batches, step)
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], value) for name, value in wanted.items())
+    assert_equal(graphed.pieces(), eager.pieces())
+    assert recorder.recorded == len({len(part) for part in slots}) * len({stage.mask_at(step) for step in range(5)})
+    assert recorder.replayed == 5 * len(slots)
+
+
+def assert_equal(found, wanted):
+    assert found.keys() == wanted.keys()
+    for group in wanted:
+        assert found[group].keys() == wanted[group].keys()
+        for name, value in wanted[group].items():
+            assert torch.equal(found[group][name], value), (group, name)
+
+
+def test_number_of_processes_is_that_of_the_engine():
+    settings = OptimizerSettings((0.9, 0.99), 0.0, None, 0.9), EngineSettings()
+    cpu = torch.device("cpu")
+    with pytest.raises(ValueError, match="engine plain is one process"):
+        GraphEngine("plain", make_model(), *settings, World(cpu, 0, 2), Deferred())
+    with pytest.raises(ValueError, match="engine ddp is for several"):
+        GraphEngine("ddp", make_model(), *settings, World(cpu), Deferred())
+    GraphEngine("ddp", make_model(), *settings, World(cpu, 0, 2), Deferred())
+
+
+def test_processes_average_what_their_micro_batches_added_up(monkeypatch):
+    """Two of them in turn; in place of the network between them stands the mean of their gradients."""
+    cpu, settings = torch.device("cpu"), (OptimizerSettings((0.9, 0.99), 0.0, None, 0.9), EngineSettings())
+    x = torch.linspace(-1, 1, 24).view(8, 3)
+
+    def loss_of(engine):
+        def work(constants, tensors):
+            loss = engine.model(tensors[0]).square().mean()
+            engine.backward(loss * constants)
+            return {"loss": loss.detach()}
+
+        return work
+
+    engines = [GraphEngine("ddp", make_model(), *settings, World(cpu, rank, 2), Deferred()) for rank in (0, 1)]
+    for engine, share in zip(engines, x.chunk(2), strict=True):
+        for part in share.chunk(2):
+            engine.run(loss_of(engine), 0.5, (part,))
+    gradients = [torch.cat([p.grad.flatten() for p in engine.model.parameters()]) for engine in engines]
+    sums = [engine._gradients.clone() for engine in engines]
+    monkeypatch.setattr(cuda_graph.dist, "all_reduce", lambda flat: flat.copy_((sums[0] + sums[1]) / 2))
+    norms = [engine.step(lr=0.1)["grad_norm"] for engine in engines]
+    whole = make_model()
+    whole(x).square().mean().backward()
+    wanted = torch.cat([p.grad.flatten() for p in whole.parameters()])
+    assert not torch.allclose(*gradients)
+    for norm, engine in zip(norms, engines, strict=True):
+        torch.testing.assert_close(norm, wanted.norm())
+        assert not any(p.grad.any() for p in engine.model.parameters())
+    for one, other in zip(*(engine.model.parameters() for engine in engines), strict=True):
+        assert torch.equal(one, other)
