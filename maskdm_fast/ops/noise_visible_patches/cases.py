@@ -26,7 +26,7 @@ class Case:
     num_visible: int | None  # None: ids_keep is None
     prediction: str = "eps"  # or "pair": (eps_scale, x0_scale)
     layout: str = "bchw"
-    pixels: str = "uint8"  # or "float": of the tested dtype
+    pixels: str = "uint8"  # or "float": of the tested dtype; or "half": float16 in any, as latents are kept
     memory: str = "contiguous"
     flip: bool = False
     step: int = 3
@@ -45,6 +45,8 @@ CASES = (
     Case("flip", 3, 16, 16, 3, 4, 6, flip=True, layout="bhwc"),
     Case("float", 3, 16, 16, 3, 4, 5, pixels="float"),
     Case("float_v_flip", 3, 8, 24, 2, 2, 7, pixels="float", prediction="v", flip=True),
+    Case("latents", 3, 16, 16, 4, 2, 9, pixels="half", layout="bhwc"),
+    Case("latents_packed_flip", 3, 6, 6, 16, 2, 4, pixels="half", layout="bhwc", packed=True, flip=True),
     Case("odd_patch", 2, 9, 6, 1, 3, 4),  # 9 values a patch: patches begin inside a Philox block
     Case("one_pixel", 2, 4, 4, 3, 1, 9),
     Case("large_patch", 2, 32, 32, 3, 16, 2),
@@ -79,7 +81,7 @@ def random_case(rng: random.Random) -> Case:
         num_visible,
         prediction=rng.choice(["eps", "x0", "v", "pair"]),
         layout=rng.choice(["bchw", "bhwc"]),
-        pixels=rng.choice(["uint8", "float"]),
+        pixels=rng.choice(["uint8", "float", "half"]),
         memory=rng.choice(["contiguous", "transposed", "expanded"]),
         flip=rng.random() < 0.5,
         step=rng.randint(0, 2**40),
@@ -92,7 +94,10 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device | str, seed
     if case.layout == "bhwc":
         shape = (case.num_images, case.height, case.width, case.channels)
     values = draw(shape, torch.float32, device, seed)
-    pixels = (values * 60 + 128).clamp(0, 255).to(torch.uint8) if case.pixels == "uint8" else values.to(dtype)
+    if case.pixels == "uint8":
+        pixels = (values * 60 + 128).clamp(0, 255).to(torch.uint8)
+    else:
+        pixels = values.to(torch.float16 if case.pixels == "half" else dtype)
     num_patches = (case.height // case.patch_size) * (case.width // case.patch_size)
     ids_keep = cu_seqlens = None
     if case.packed:
