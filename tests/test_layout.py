@@ -52,7 +52,7 @@ RNG_METHODS = {
     *("bernoulli", "multinomial"),
 }
 HARDWARE = re.compile(r"torch\.(cuda|mps|xpu|mtia|accelerator|backends|cpu|version)\.")
-ORDER_OF_WORK = re.compile(r"torch\.cuda\.(Stream|stream|current_stream|CUDAGraph|graph|graph_pool_handle)$")
+ORDER_OF_WORK = re.compile(r"torch\.cuda\.(Stream|Event|stream|current_stream|CUDAGraph|graph|graph_pool_handle)$")
 
 
 @dataclass

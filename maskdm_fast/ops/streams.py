@@ -42,6 +42,13 @@ class SideStream:
 
         return take
 
+    def mark(self) -> Callable[[], None]:
+        """Returns what waits, on the host, until the device has done all that the stream that is current now was given
+        so far."""
+        reached = torch.cuda.Event(blocking=True)  # a thread that waits leaves its core to others
+        reached.record(torch.cuda.current_stream(self._stream.device))
+        return reached.synchronize
+
 
 class Recorder:
     """Records work into CUDA graphs that share their memory, so they must not run at the same time.

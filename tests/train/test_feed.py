@@ -187,6 +187,9 @@ class Inline:
         tensors = work()
         return lambda: tensors
 
+    def mark(self):
+        return lambda: None
+
 
 @pytest.mark.parametrize("kept", [False, True], ids=["travel", "kept"])
 @pytest.mark.parametrize("share", [1.0, 0.5])
@@ -204,3 +207,30 @@ def test_what_a_gpu_is_given(make_config, monkeypatch, kept, share):
     for step in range(8):
         assert values(feed.batches(step)) == values(plain.batches(step))
     feed.close()
+
+
+def test_the_host_is_two_steps_ahead_at_most(make_config, monkeypatch):
+    """Step 3 is not read before the device has done what was launched before step 1 was asked for: step 0."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.clone())
+    config, store, calls = make_config(), Numbers(), 0
+    done = [threading.Event() for _ in range(4)]  # of what was launched before call i
+
+    class Device(Inline):
+        def mark(self):
+            return done[calls - 1].wait
+
+    feed = make_feed(config, store=store, ahead=True)
+    feed._side = Device(CPU)
+    try:
+        for calls in (1, 2, 3):
+            feed.batches(calls - 1)
+            done[0].set()
+        time.sleep(0.05)
+        assert len(store.read) == 3
+        done[1].set()
+        feed.batches(3)
+        assert [read for _, read in store.read[:4]] == [wanted(config, step) for step in range(4)]
+    finally:
+        for event in done:
+            event.set()
+        feed.close()

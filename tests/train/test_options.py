@@ -10,7 +10,7 @@ import torch
 
 from maskdm_fast.models import UViT
 from maskdm_fast.train import checkpoint, load_weights, read_metrics, train
-from maskdm_fast.train.trainer import Trainer
+from maskdm_fast.train.feed import Feed
 
 
 def tensors(folder: Path) -> dict[str, bytes]:
@@ -36,14 +36,14 @@ def class_folder(image_folder, tmp_path_factory) -> str:
 def seen(monkeypatch) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Images and labels of every batch that is trained on."""
     batches = []
-    real = Trainer._batches
+    real = Feed.batches
 
-    def spy(self):
-        for batch in real(self):
-            batches.append((batch.images, batch.labels))
-            yield batch
+    def spy(self, step):
+        found = real(self, step)
+        batches.extend((batch.images, batch.labels) for batch in found)
+        return found
 
-    monkeypatch.setattr(Trainer, "_batches", spy)
+    monkeypatch.setattr(Feed, "batches", spy)
     return batches
 
 
