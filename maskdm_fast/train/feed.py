@@ -50,8 +50,8 @@ class Feed:
     anew for each epoch), gathers the images into pinned memory and copies them to the device on a stream of its own.
     Whoever asks for a batch makes the device, not the host, wait for the copy. Where the images are kept on the device
     (`images_on_device`), only their indices travel and the device gathers them. The thread begins no batch before the
-    device has come within two steps of it: a host that launches graphs could be a hundred steps ahead, each with a batch
-    in memory.
+    device has come within two steps of it: a host that launches graphs could be a hundred steps ahead, and as many
+    batches in memory.
 
     On the CPU everything happens when it is asked for: a thread would take its time from the cores that compute, and a
     packed store leaves it nothing to hide. Gathering 128 images of 32 px takes 0.05 ms of a step of 21.9 ms; with a
