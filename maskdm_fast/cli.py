@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
     from maskdm_fast.train.config import Recipe, RunConfig
@@ -32,6 +32,7 @@ commands:
   train     start or resume a run from a preset
   sample    draw images from a run
   evaluate  score runs, folders of images and data sets against real images, in one table
+  export    write the weights of a run to one safetensors file
   bench     measure against plain PyTorch, or estimate what a step costs on named hardware
   info      what this machine can run, and what is missing
 
@@ -57,11 +58,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # OpenMP threads that spin while they wait take the cores from each other where other programs run too: training on
     # two cores shared with two other processes was three times slower. OpenMP reads this when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    warnings.showwarning = lambda message, *_, **__: print(f"{PROGRAM}: warning: {message}", file=sys.stderr)
+    speaker = PROGRAM
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        speaker += f" [rank {os.environ.get('RANK')}]"
+        # The deepspeed launcher appends it unless told not to; the environment has it, too.
+        arguments = [argument for argument in arguments if not argument.startswith("--local_rank=")]
+    warnings.showwarning = lambda message, *_, **__: print(f"{speaker}: warning: {message}", file=sys.stderr)
     try:
         return _dispatch(arguments)
     except KeyboardInterrupt:
-        print(f"{PROGRAM}: aborted", file=sys.stderr)
+        print(f"{speaker}: aborted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains again when it exits
@@ -69,9 +75,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
-        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
-        # By name: importing the class would import torch, also when only --help is asked for.
-        return 1 if type(error).__name__ == "TrainingDivergedError" else 2
+        # By name: importing the classes would import torch, also when only --help is asked for.
+        kind = type(error).__name__
+        if kind != "PeerError" or os.environ.get("RANK") == "0":
+            print(f"{speaker}: error: {error}", file=sys.stderr)
+        return 1 if kind == "TrainingDivergedError" else 2
+
+
+def run() -> NoReturn:
+    """`main` as a program."""
+    code = main()
+    if code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Nothing may wait for the other processes now: they notice that this one is gone by its closed connections.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -89,6 +108,7 @@ def _dispatch(arguments: list[str]) -> int:
         "train": _train,
         "sample": _sample,
         "evaluate": _evaluate,
+        "export": _export,
         "bench": _bench,
         "info": _info,
     }
@@ -103,6 +123,7 @@ def _dispatch(arguments: list[str]) -> int:
 def _train(arguments: list[str]) -> int:
     from maskdm_fast.train import PRESETS, Recipe, train, train_recipe
     from maskdm_fast.train.progress import format_seconds
+    from maskdm_fast.train.world import disconnect, rank_from_environment
 
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_train_usage(), end="")
@@ -119,10 +140,12 @@ def _train(arguments: list[str]) -> int:
         print(describe(config, dry_run, num_processes))
         return 0
     result = train_recipe(config, out) if isinstance(config, Recipe) else train(config, out)
-    print(
-        f"{result.folder}: {result.images:,} images in {format_seconds(result.seconds)} of training, "
-        f"ended by {result.reason}" + ("" if result.finished else "; the same command goes on")
-    )
+    if rank_from_environment()[0] == 0:
+        print(
+            f"{result.folder}: {result.images:,} images in {format_seconds(result.seconds)} of training, "
+            f"ended by {result.reason}" + ("" if result.finished else "; the same command goes on")
+        )
+    disconnect()
     return 0
 
 
@@ -227,6 +250,13 @@ def _evaluate(arguments: list[str]) -> int:
     return 0
 
 
+def _export(arguments: list[str]) -> int:
+    from maskdm_fast import commands
+
+    commands.export(_parse(commands.ExportOptions, arguments, f"{PROGRAM} export"))
+    return 0
+
+
 def _bench(arguments: list[str]) -> int:
     from maskdm_fast import commands
 
@@ -319,4 +349,4 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

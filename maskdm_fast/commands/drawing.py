@@ -5,10 +5,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from maskdm_fast.train.checkpoint import Weights
-from maskdm_fast.train.world import make_world
 from maskdm_fast.train.generation import generate
 from maskdm_fast.train.progress import step_bar
+from maskdm_fast.train.weights import Weights
+from maskdm_fast.train.world import make_world
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,12 +35,12 @@ from maskdm_fast.eval import (
 from maskdm_fast.eval.grid import png_bytes
 from maskdm_fast.eval.manifold import DENSITY_NEIGHBOURS
 from maskdm_fast.train.checkpoint import write_json_atomic
-from maskdm_fast.train.world import make_world
 from maskdm_fast.train.extras import require
 from maskdm_fast.train.metrics import git_commit, machine, package_versions
 from maskdm_fast.train.progress import step_bar
 from maskdm_fast.train.runs import default_cache_dir
 from maskdm_fast.train.scores import MAX_REFERENCE
+from maskdm_fast.train.world import make_world
 
 tyro = require("tyro")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from maskdm_fast.commands.drawing import DrawOptions, class_names, draw
 from maskdm_fast.data import ImageStore, open_dataset
 from maskdm_fast.eval import subset_indices
-from maskdm_fast.train.checkpoint import Weights, load_weights
+from maskdm_fast.train.weights import Weights, load_weights
 
 FREE_IMAGE_SIZE = 64
 

@@ -11,9 +11,9 @@ import torch
 
 from maskdm_fast.commands.drawing import DrawOptions, class_names, draw
 from maskdm_fast.commands.labelled_folder import MANIFEST_NAME, Drawn, LabelledFolder, folder_names
-from maskdm_fast.train.checkpoint import Weights, load_weights
 from maskdm_fast.train.extras import require
 from maskdm_fast.train.progress import format_seconds
+from maskdm_fast.train.weights import Weights, load_weights
 
 tyro = require("tyro")
 

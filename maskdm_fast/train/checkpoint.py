@@ -19,11 +19,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from maskdm_fast.train.config import RunConfig
 from maskdm_fast.train.extras import require
 from maskdm_fast.train.pieces import FileReader, Fragment, Pieces, file_name, group_of, write_pieces
 from maskdm_fast.train.world import World
@@ -84,23 +83,6 @@ class Checkpoint:
         return json.loads((self.path / MANIFEST_NAME).read_text("utf-8"))["files"]
 
 
-@dataclass(frozen=True)
-class Weights:
-    """A trained network, ready to be built and sampled.
-
-    Attributes:
-        config: configuration of the run that trained it.
-        tensors: state dict of the model, on the CPU.
-        checkpoint: the checkpoint they came from.
-        which: ``"ema"`` or ``"raw"``.
-    """
-
-    config: RunConfig
-    tensors: Tensors
-    checkpoint: Checkpoint
-    which: str
-
-
 def save(run: Path, pieces: Pieces, state: Mapping[str, Any], *, keep: int, world: World) -> Path:
     """Write a checkpoint of a run and remove all but the `keep` newest. All processes call this.
 
@@ -130,12 +112,12 @@ def save(run: Path, pieces: Pieces, state: Mapping[str, Any], *, keep: int, worl
         names = [file_name(group, world.rank, world.world_size) for group in pieces]
         for name, group in zip(names, pieces.values(), strict=True):
             _write_tensors(temporary / name, group)
-        return {name: _fingerprint(temporary / name) for name in names}
+        return {name: fingerprint(temporary / name) for name in names}
 
     def commit() -> None:
         files = {name: entry for part in parts for name, entry in part.items()}
         _write_json(temporary / STATE_NAME, state)
-        files[STATE_NAME] = _fingerprint(temporary / STATE_NAME)
+        files[STATE_NAME] = fingerprint(temporary / STATE_NAME)
         _write_json(temporary / MANIFEST_NAME, {"format": FORMAT, "files": dict(sorted(files.items()))})
         _sync(temporary)
         if target.exists():
@@ -189,7 +171,7 @@ def read(path: Path) -> Checkpoint:
         if manifest["format"] not in _READABLE:
             raise CheckpointError(f"checkpoint {path} has format {manifest['format']}, this version reads {FORMAT}")
         for name, want in manifest["files"].items():
-            if (path / name).stat().st_size != want["bytes"] or _fingerprint(path / name) != want:
+            if (path / name).stat().st_size != want["bytes"] or fingerprint(path / name) != want:
                 raise CheckpointError(f"checkpoint {path} is damaged: {name} is not what was written")
         return Checkpoint(path, json.loads((path / STATE_NAME).read_text("utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -230,37 +212,6 @@ def resume(run: Path) -> Checkpoint | None:
         shutil.rmtree(aside, ignore_errors=True)
         os.rename(path, aside)
     return checkpoint
-
-
-def load_weights(path: Path | str, which: Literal["ema", "raw"] = "ema") -> Weights:
-    """Read the weights of a run.
-
-    Args:
-        path: a run folder (its newest checkpoint), a recipe folder (its last stage that has one), or a checkpoint
-            folder.
-        which: the moving average, or the trained weights themselves.
-
-    Raises:
-        FileNotFoundError: `path` does not exist, or holds no checkpoint.
-        CheckpointError: what is there is damaged.
-    """
-    if which not in ("ema", "raw"):
-        raise ValueError(f"which is {which!r}, want 'ema' or 'raw'")
-    path = Path(path)
-    if not path.is_dir():
-        raise FileNotFoundError(f"no such run or checkpoint folder: {path}")
-    checkpoint = read(path) if (path / MANIFEST_NAME).exists() else newest(path)
-    if checkpoint is None:
-        stages = sorted(
-            (p for p in path.iterdir() if re.match(r"\d+-", p.name)), key=lambda p: int(p.name.split("-")[0])
-        )
-        checkpoint = next(filter(None, (newest(stage) for stage in reversed(stages))), None)
-    if checkpoint is None:
-        raise FileNotFoundError(
-            f"{path} holds no checkpoint; give a run folder, a recipe folder or a checkpoint folder"
-        )
-    config = RunConfig.from_dict(checkpoint.state["config"])
-    return Weights(config, checkpoint.tensors("ema" if which == "ema" else "model"), checkpoint, which)
 
 
 @contextlib.contextmanager
@@ -305,7 +256,8 @@ def _write_json(path: Path, value: Any) -> None:
         os.fsync(file.fileno())
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
+def fingerprint(path: Path) -> dict[str, Any]:
+    """``bytes`` and ``sha256`` of a file."""
     with open(path, "rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 22):

@@ -6,6 +6,7 @@ group of tensors and process; readers ask for whole tensors or for ranges, whate
 
 import json
 import math
+import os
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -46,6 +47,10 @@ class Reader(Protocol):
         """Names of the tensors of a group; empty if there is no such group."""
         ...
 
+    def shape(self, group: str, name: str) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        ...
+
     def fragment(self, group: str, name: str, start: int, stop: int) -> Tensor:
         """Values ``start .. stop - 1`` of the flattened tensor, ``[stop - start]`` on the CPU."""
         ...
@@ -63,6 +68,9 @@ class Held:
 
     def names(self, group: str) -> Collection[str]:
         return self._groups.get(group, {}).keys()
+
+    def shape(self, group: str, name: str) -> tuple[int, ...]:
+        return tuple(self._groups[group][name].shape)
 
     def fragment(self, group: str, name: str, start: int, stop: int) -> Tensor:
         return self.tensor(group, name).reshape(-1)[start:stop]
@@ -142,6 +150,9 @@ class FileReader:
     def names(self, group: str) -> Collection[str]:
         return self._pieces(group).keys()
 
+    def shape(self, group: str, name: str) -> tuple[int, ...]:
+        return self._pieces(group)[name][0].shape
+
     def fragment(self, group: str, name: str, start: int, stop: int) -> Tensor:
         parts, place = [], start
         for piece in self._pieces(group)[name]:
@@ -174,3 +185,37 @@ class FileReader:
                 pieces.sort(key=lambda piece: piece.start)
             self._index[group] = index
         return self._index[group]
+
+
+_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def write_whole(path: Path, reader: Reader, group: str, dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
+    """Write the tensors of one group, whole, to one safetensors file, holding one of them at a time.
+
+    The package safetensors writes only what is in memory all at once; its format is eight bytes with the length of a
+    header, the header in JSON with the place of every tensor, and their values in that order.
+
+    Args:
+        path: the file.
+        reader: gives the tensors.
+        group: which.
+        dtype: of the tensors in the file: float32, bfloat16 or float16.
+        metadata: for the header.
+    """
+    names, place = sorted(reader.names(group)), 0
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    for name in names:
+        shape = reader.shape(group, name)
+        end = place + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [place, end]}
+        place = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at multiples of 8
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            values = reader.tensor(group, name).to(dtype).contiguous().reshape(-1)
+            file.write(values.view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())

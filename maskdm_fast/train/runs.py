@@ -20,6 +20,7 @@ from maskdm_fast.train.signals import StopSignals
 from maskdm_fast.train.stages import build_stage
 from maskdm_fast.train.trackers import require_trackers
 from maskdm_fast.train.trainer import Trainer, TrainResult
+from maskdm_fast.train.weights import Weights, is_exported, load_weights
 from maskdm_fast.train.world import World, make_world
 
 
@@ -165,18 +166,18 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maskdm_fast"
 
 
-def _initial_weights(config: RunConfig, folder: Path) -> checkpoints.Weights:
+def _initial_weights(config: RunConfig, folder: Path) -> Weights:
     """The weights that ``init_from`` names: looked up beside the run folder first, then from the working directory."""
     beside = folder.parent / config.stage.init_from
     path = beside if beside.exists() else Path(config.stage.init_from)
     model, which = config.model, config.stage.init_weights
     try:
-        if is_official(path):
+        if is_official(path) and not is_exported(path):
             found = load_official(path, which, num_heads=model.num_heads, num_classes=model.num_classes or None)
             # Of another code's run nothing but the network is known, and nothing but that is asked.
             config = replace(config, model=found.config)
-            return checkpoints.Weights(config, found.tensors, checkpoints.Checkpoint(path, {}), which)
-        return checkpoints.load_weights(path, which)
+            return Weights(config, found.tensors, checkpoints.Checkpoint(path, {}), which)
+        return load_weights(path, which)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"nothing to start from: {error} (--init-from {config.stage.init_from})") from None
 

@@ -8,7 +8,6 @@ device.
 import math
 import os
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -308,8 +307,3 @@ def disconnect() -> None:
         _control = None
         dist.destroy_process_group()
 
-
-def say(text: str) -> None:
-    """A line on stderr, with the rank where there are several processes."""
-    rank, world_size = rank_from_environment()
-    print(f"[rank {rank}] {text}" if world_size > 1 else text, file=sys.stderr, flush=True)

@@ -6,10 +6,10 @@ entry in `STAGES`. The trainer does not change.
 
 from dataclasses import replace
 
-from maskdm_fast.train.checkpoint import Weights
 from maskdm_fast.train.config import DenoisingConfig, RunConfig
 from maskdm_fast.train.stages.base import Batch, Stage
 from maskdm_fast.train.stages.denoising import DenoisingStage
+from maskdm_fast.train.weights import Weights
 from maskdm_fast.train.world import World
 
 STAGES = {DenoisingConfig: DenoisingStage}

@@ -6,9 +6,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from maskdm_fast.train.checkpoint import Weights
 from maskdm_fast.train.config import RunConfig
 from maskdm_fast.train.pieces import Pieces, Reader
+from maskdm_fast.train.weights import Weights
 from maskdm_fast.train.world import World
 
 PREVIEW_STEPS = 25

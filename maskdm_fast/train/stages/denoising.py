@@ -11,7 +11,6 @@ from maskdm_fast.diffusion import MaskedObjective
 from maskdm_fast.diffusion.masking import Grid, Mask
 from maskdm_fast.models import TRANSFERABLE, UViT, UViTConfig, changed_fields, transfer
 from maskdm_fast.models.layers import Block
-from maskdm_fast.train.checkpoint import Weights
 from maskdm_fast.train.config import RunConfig
 from maskdm_fast.train.costs import counts_of_mask, model_flops
 from maskdm_fast.train.cuda_graph import check_cuda_graph
@@ -19,6 +18,7 @@ from maskdm_fast.train.engine import Engine, EngineSettings, OptimizerSettings, 
 from maskdm_fast.train.generation import generate
 from maskdm_fast.train.pieces import Pieces, Reader
 from maskdm_fast.train.stages.base import PREVIEW_STEPS, Batch
+from maskdm_fast.train.weights import Weights
 from maskdm_fast.train.world import World
 
 _SHOWN = 10

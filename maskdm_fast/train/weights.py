@@ -1,0 +1,142 @@
+"""The weights of a trained network: read from runs, checkpoints or exported files, and exported."""
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from maskdm_fast.train import checkpoint as checkpoints
+from maskdm_fast.train.checkpoint import Checkpoint
+from maskdm_fast.train.config import RunConfig
+from maskdm_fast.train.extras import require
+from maskdm_fast.train.pieces import FileReader, write_whole
+
+Tensors = dict[str, Tensor]
+_KEY = "maskdm_fast"  # of an exported file's metadata
+_KEPT = ("step", "images", "config", "class_names", "data")  # of a checkpoint's state
+_GROUPS = {"ema": "ema", "raw": "model"}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A trained network, ready to be built and sampled.
+
+    Attributes:
+        config: configuration of the run that trained it.
+        tensors: state dict of the model, on the CPU.
+        checkpoint: the checkpoint they came from.
+        which: ``"ema"`` or ``"raw"``.
+    """
+
+    config: RunConfig
+    tensors: Tensors
+    checkpoint: Checkpoint
+    which: str
+
+
+class _ExportedFile(Checkpoint):
+    """A file that `export` wrote, in the place of the checkpoint that it came from."""
+
+    @cached_property
+    def reader(self) -> FileReader:
+        return FileReader({_GROUPS[self.state["which"]]: [self.path]})
+
+    def sha256(self, group: str) -> str:
+        return checkpoints.fingerprint(self.path)["sha256"]
+
+
+def load_weights(path: Path | str, which: Literal["ema", "raw"] = "ema") -> Weights:
+    """Read the weights of a run.
+
+    Args:
+        path: a run folder (its newest checkpoint), a recipe folder (its last stage that has one), a checkpoint folder,
+            or a file that `export` wrote.
+        which: the moving average, or the trained weights themselves; an exported file has one of them.
+
+    Raises:
+        FileNotFoundError: `path` does not exist, or holds no checkpoint.
+        CheckpointError: what is there is damaged.
+        ValueError: a file was not exported, or not with the weights that are asked for.
+    """
+    checkpoint = _find(path, which)
+    config = RunConfig.from_dict(checkpoint.state["config"])
+    return Weights(config, checkpoint.tensors(_GROUPS[which]), checkpoint, which)
+
+
+def export(
+    path: Path | str, out: Path | str, which: Literal["ema", "raw"] = "ema", dtype: torch.dtype = torch.float32
+) -> Checkpoint:
+    """Write the weights of a run to one safetensors file, which needs no other part of the run.
+
+    `load_weights` reads it, and so does any reader of safetensors: names and shapes are those of the state dict of
+    `maskdm_fast.models.UViT`, the configuration is in the metadata. One tensor after the other is read from the parts
+    of a checkpoint, converted and written, so this takes the memory of the largest of them, not of the network.
+
+    Args:
+        path: as in `load_weights`.
+        out: the file to make; it appears under this name only when it is complete.
+        which: the moving average, or the trained weights themselves.
+        dtype: of the tensors in the file.
+
+    Returns:
+        Where the weights came from.
+
+    Raises:
+        As `load_weights`; OSError where `out` cannot be written.
+    """
+    checkpoint, out = _find(path, which), Path(out)
+    kept = {name: checkpoint.state[name] for name in _KEPT if name in checkpoint.state}
+    temporary = out.with_name(f".{out.name}.tmp")
+    try:
+        metadata = {_KEY: json.dumps({**kept, "which": which})}
+        write_whole(temporary, checkpoint.reader, _GROUPS[which], dtype, metadata)
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return checkpoint
+
+
+def is_exported(path: Path) -> bool:
+    """Whether `path` is a file that `export` wrote."""
+    return path.is_file() and _exported_state(path) is not None
+
+
+def _find(path: Path | str, which: str) -> Checkpoint:
+    if which not in _GROUPS:
+        raise ValueError(f"which is {which!r}, want 'ema' or 'raw'")
+    path = Path(path)
+    if path.is_file():
+        state = _exported_state(path)
+        if state is None:
+            raise ValueError(f"{path} was not written by maskdm-fast export; official checkpoints are for --init-from")
+        if state["which"] != which:
+            raise ValueError(f"{path} holds the {state['which']} weights, not the {which} ones")
+        return _ExportedFile(path, state)
+    if not path.is_dir():
+        raise FileNotFoundError(f"no such run or checkpoint folder: {path}")
+    checkpoint = checkpoints.read(path) if (path / checkpoints.MANIFEST_NAME).exists() else checkpoints.newest(path)
+    if checkpoint is None:
+        stages = sorted(
+            (p for p in path.iterdir() if re.match(r"\d+-", p.name)), key=lambda p: int(p.name.split("-")[0])
+        )
+        checkpoint = next(filter(None, (checkpoints.newest(stage) for stage in reversed(stages))), None)
+    if checkpoint is None:
+        raise FileNotFoundError(
+            f"{path} holds no checkpoint; give a run folder, a recipe folder or a checkpoint folder"
+        )
+    return checkpoint
+
+
+def _exported_state(path: Path) -> dict[str, Any] | None:
+    try:
+        with require("safetensors").safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except require("safetensors").SafetensorError:
+        return None
+    return json.loads(metadata[_KEY]) if _KEY in metadata else None
