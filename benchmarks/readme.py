@@ -5,10 +5,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import kernel_budget
+from benchmarks import kernel_budget, scaling
 from benchmarks.harness import RESULTS, ROOT
 
 BEGIN, END = "<!-- made by python -m benchmarks.readme -->\n", "<!-- end -->"
+_GPU_GB = (24, 80)
 
 
 def _ratio(row: dict[str, Any], peer: str) -> str:
@@ -123,6 +124,56 @@ def prediction_tables(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def scaling_tables(result: dict[str, Any]) -> str:
+    """Markdown: speed and memory of every engine by number of processes beside plain PyTorch, and how much memory each
+    is expected to take of larger networks."""
+    rows = {(row["engine"], row["processes"]): row for row in result["rows"]}
+    counts = sorted({row["processes"] for row in result["rows"]})
+    many = [f"{count} process{'es' * (count > 1)}" for count in counts]
+    head = [f"{count}, {what}" for count in many for what in ("images/s", "of PyTorch", "MiB")]
+    lines = [f"| engine | {' | '.join(head)} |", f"|---|{'--:|' * len(head)}"]
+    for engine in scaling.ENGINES:
+        cells = [f"`{engine}`" if engine != scaling.PEER else "PyTorch, DDP"]
+        for count in counts:
+            row, peer = rows.get((engine, count)), rows.get((scaling.PEER, count))
+            if row is None:
+                cells += ["", "", ""]
+                continue
+            ratio = f"{row['images_per_s'] / peer['images_per_s']:.2f} x" if peer else ""
+            cells += [f"{row['images_per_s']:.1f}", ratio, f"{row['peak_mib']:,.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    workload, machine = result["workload"], result["machine"]
+    lines += [
+        "",
+        f"A train step of {workload['batch']} images, {workload['mask_ratio']:.0%} masked, on a network of "
+        f"{workload['num_params'] / 1e6:.1f} M parameters, {workload['precision']}. Processes share the batch and the "
+        f"{machine['threads']} threads. Memory: the most that one process held, Python and its libraries included. "
+        f"{_source(result)}.",
+        "",
+        "**Estimates; nothing of this was measured on a GPU.**",
+        "",
+    ]
+    engines = list(result["estimates"][0]["gib"])
+    head = [*(f"`{engine}`" for engine in engines), *(f"fits {gib} GB" for gib in _GPU_GB)]
+    lines += [f"| network | parameters | {' | '.join(head)} |", f"|---|{'--:|' * (1 + len(engines))}---|---|"]
+    for row in result["estimates"]:
+        cells = [row["network"], f"{row['num_params'] / 1e9:.2f} G"]
+        for engine in engines:
+            host = row["host_gib"][engine]
+            cells.append(f"{row['gib'][engine]:.1f}" + (f" (+ {host:.1f})" if host else ""))
+        for gigabytes in _GPU_GB:
+            fitting = [f"`{engine}`" for engine in engines if row["gib"][engine] * 2**30 <= 0.9 * gigabytes * 1e9]
+            cells.append(fitting[0] if fitting else "none")
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"GiB of each of {scaling.ESTIMATED_PROCESSES} GPUs, in brackets of the host per GPU: bf16, 32 images of 256 "
+        "tokens per GPU, three quarters masked (`maskdm_fast/train/memory.py`). *Fits*: the first engine that leaves a "
+        "tenth of such a GPU free.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def _results(name: str) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{name}-*.json"))]
 
@@ -134,6 +185,7 @@ def pages() -> dict[Path, str]:
         ROOT / "README.md": "\n".join(step_table(*pair) for pair in steps),
         ROOT / "docs" / "measure.md": "\n".join(ops_table(result) for result in _results("ops")),
         ROOT / "docs" / "cost.md": "\n".join(prediction_tables(result) for result in _results("estimate")),
+        ROOT / "docs" / "scaling.md": "\n".join(scaling_tables(result) for result in _results("scaling")),
         ROOT / "docs" / "kernels.md": kernel_budget.table(kernel_budget.load()),
     }
 

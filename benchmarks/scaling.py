@@ -139,6 +139,7 @@ class Peer:
 def _serve(connection: Connection, workload: Workload, engine: str, threads: int) -> None:
     """One process of a contestant: does what it is told until the pipe closes."""
     torch.set_num_threads(threads)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # DeepSpeed speaks there, where the result goes
     # DeepSpeed calls functions by names that newer versions of PyTorch have replaced, and each call says so.
     warnings.simplefilter("ignore", FutureWarning)
     try:
