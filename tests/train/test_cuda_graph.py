@@ -161,7 +161,7 @@ def test_a_stage_trains_as_it_does_without_graphs(make_config, changes):
     settings = EngineSettings(config.precision)
     engine = GraphEngine("plain", UViT(config.model, seed=config.seed), optimizer, settings, world, recorder)
     graphed, eager = DenoisingStage(config, engine, world), build_stage(config, world)
-    slots = world.micro_batches(stage.batch_size, config.machine.micro_batch_size)
+    slots, places = world.micro_batches(stage.batch_size, config.machine.micro_batch_size), addresses(engine)
     for step in range(5):
         images = torch.arange(5 * 8 * 8 * 3).mul(step + 3).to(torch.uint8).view(5, 8, 8, 3)
         batches = [Batch(images[part], torch.full_like(part, -1), part) for part in slots]
@@ -169,8 +169,17 @@ def test_a_stage_trains_as_it_does_without_graphs(make_config, changes):
         assert found.keys() == wanted.keys()
         assert all(torch.equal(found[name], value) for name, value in wanted.items())
     assert_equal(graphed.pieces(), eager.pieces())
+    assert addresses(engine) == places  # where graphs read and write
     assert recorder.recorded == len({len(part) for part in slots}) * len({stage.mask_at(step) for step in range(5)})
     assert recorder.replayed == 5 * len(slots)
+
+
+def addresses(engine):
+    tensors = [tensor for parameter in engine.model.parameters() for tensor in (parameter, parameter.grad)]
+    if engine._loss_scale is not None:
+        engine._loss_scale.load_state_dict({"scale": torch.tensor(4.0**8), "streak": torch.tensor(0)})
+        tensors.append(engine._loss_scale.scale)
+    return [tensor.data_ptr() for tensor in tensors]
 
 
 def assert_equal(found, wanted):
