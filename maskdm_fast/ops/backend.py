@@ -324,9 +324,42 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def device_memory(device: torch.device) -> int:
+    """Bytes of a device's whole memory: of a GPU; of the machine for the CPU, or of its control group if that has
+    less."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([physical, *_control_group_limits()])
+
+
+def _control_group_limits(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """Limits on the memory of this process, of its control group and of those above it, version 1 or 2 (Linux)."""
+    limits = []
+    for line in groups.read_text().splitlines() if groups.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        top = root / controllers
+        inner = top / path.lstrip("/")
+        for folder in (inner, *inner.parents):
+            if not folder.is_relative_to(top):
+                break
+            for name in ("memory.max", "memory.limit_in_bytes"):
+                # Within a container the path is often that of the host, which is not there; its limit is at the top.
+                with contextlib.suppress(FileNotFoundError, ValueError):  # "max": none
+                    limits.append(int((folder / name).read_text()))
+    return limits
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes of a CUDA device's memory that no process holds."""
     return torch.cuda.mem_get_info(device)[0]
+
+
+def allocated_memory(device: torch.device) -> int:
+    """Bytes of tensors on a CUDA device; 0 for the CPU, whose memory nobody keeps account of."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def synchronize(device: torch.device) -> None:

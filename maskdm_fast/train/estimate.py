@@ -1,25 +1,48 @@
 """What a run will cost, before it begins: tokens, arithmetic, memory traffic, memory and time.
 
 The network is counted part by part (`costs`) and its launches on a real step (`launches`); the time on a machine is
-what `roofline` says. It is an estimate.
+what `roofline` says, memory and engine what `memory` says. It is an estimate.
 """
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from maskdm_fast.models import UViT
-from maskdm_fast.ops.work import FLOAT, Work
+from maskdm_fast.ops import backend
+from maskdm_fast.ops.work import Work
 from maskdm_fast.train.config import Recipe, RunConfig, flatten
-from maskdm_fast.train.costs import Counts, Part, saved_bytes, step_parts, total, visible_counts
-from maskdm_fast.train.engine import make_world
+from maskdm_fast.train.costs import Counts, Part, step_parts, total, visible_counts
 from maskdm_fast.train.hardware import HARDWARE, HERE, Hardware, probe
 from maskdm_fast.train.launches import count_launches
+from maskdm_fast.train.memory import (
+    ENGINES,
+    Memory,
+    Place,
+    choose_engine,
+    item_size,
+    memory_per_rank,
+    model_of,
+    num_parameters,
+)
 from maskdm_fast.train.progress import format_seconds
 from maskdm_fast.train.roofline import Roofline, roofline
+from maskdm_fast.train.world import make_world, rank_from_environment
+
+_COLUMNS = {
+    "weights": ("weights", "small weights", "gathered weights", "16-bit weights"),
+    "master": ("master weights",),
+    "moments": ("moments",),
+    "average": ("average",),
+    "gradients": ("gradients", "flat gradients", "float32 gradients"),
+    "activations": ("activations", "workspace"),
+    "buckets": ("buckets",),
+    "overhead": ("overhead",),
+}
+"""Columns of the table of memory, and what each of them adds up."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +53,12 @@ class Estimate:
         parameters: of the network.
         extras, patches: tokens of an image that are no patches, all patches.
         counts: visible patches of an image.
-        precision: of products: bf16 or fp32.
+        precision: of products: bf16, fp16 or fp32.
         batch_size, num_micro: images of a step, micro-batches that they are cut into.
         parts: of a step.
         launches: of a step, by op.
         dense: the work of the same step without a mask.
-        memory: bytes by what they are for.
+        memory: of one process that holds everything.
         steps: optimizer steps of the whole run; None if only time ends it.
         max_seconds: the limit of the run's time.
     """
@@ -50,7 +73,7 @@ class Estimate:
     parts: list[Part]
     launches: Counter[str]
     dense: Work
-    memory: dict[str, float]
+    memory: Memory
     steps: int | None
     max_seconds: float | None
 
@@ -78,29 +101,13 @@ class Estimate:
 def estimate(config: RunConfig) -> Estimate:
     """What the run of `config` costs. Reads no data: a class-conditional run whose number of classes is not known yet
     is counted with one."""
-    model, stage, machine = config.model, config.stage, config.machine
-    if config.class_conditional and not model.num_classes:
-        model = dataclasses.replace(model, num_classes=1)
+    model, stage, machine, parameters = model_of(config), config.stage, config.machine, num_parameters(config)
     side = model.image_size // model.patch_size
-    item = 2 if config.precision == "bf16" else FLOAT
     counts = visible_counts(stage, (side, side))
-    with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in UViT(model).parameters())
     micro = min(machine.micro_batch_size or stage.batch_size, stage.batch_size)
     num_micro = -(-stage.batch_size // micro)
-    options = {"num_micro": num_micro, "item": item, "weights": parameters}
+    options = {"num_micro": num_micro, "item": item_size(config), "weights": parameters}
     options["checkpointing"] = machine.activation_checkpointing
-    largest = max(
-        saved_bytes(model, count, item=item, checkpointing=machine.activation_checkpointing) for count, _ in counts
-    )
-    memory = {
-        "weights": parameters * FLOAT,
-        "gradients": parameters * FLOAT,
-        "optimizer and average": 3 * parameters * FLOAT,
-        "activations": micro * largest,
-    }
-    if config.precision == "bf16":
-        memory["weights as bfloat16"] = parameters * item
     return Estimate(
         parameters=parameters,
         extras=model.num_extras,
@@ -112,7 +119,7 @@ def estimate(config: RunConfig) -> Estimate:
         parts=step_parts(model, counts, stage.batch_size, **options),
         launches=count_launches(dataclasses.replace(config, model=model)).of_step(num_micro),
         dense=total(step_parts(model, [(model.num_tokens, 1.0)], stage.batch_size, **options)),
-        memory=memory,
+        memory=memory_per_rank(config, "plain", 1),
         steps=None if stage.num_images is None else -(-stage.num_images // stage.batch_size),
         max_seconds=stage.max_seconds,
     )
@@ -124,12 +131,16 @@ def hardware_here(config: RunConfig, found: Estimate, precision: str) -> Hardwar
     return probe(config.model, round(rows), precision, make_world(config.machine.device).device)
 
 
-def describe(config: RunConfig | Recipe, hardware: Sequence[str] = (HERE,)) -> str:
+def describe(config: RunConfig | Recipe, hardware: Sequence[str] = (HERE,), num_processes: Sequence[int] = ()) -> str:
     """The resolved configuration and the estimate of every run, as text; measures this machine if it is named.
 
     Args:
         config: validated.
         hardware: names of `HARDWARE`, or "here".
+        num_processes: for which memory and engine are told; none: as many as the launcher started.
+
+    Raises:
+        ValueError: the batch cannot be divided evenly among so many processes.
     """
     runs = config.runs() if isinstance(config, Recipe) else [("", config)]
     shared, lines = None, []
@@ -141,12 +152,13 @@ def describe(config: RunConfig | Recipe, hardware: Sequence[str] = (HERE,)) -> s
             lines += ["configuration", *table(shared), ""]
         lines += [name or "run", *table({key.removeprefix("stage."): value for key, value in stage.items()})]
         lines += ["", *table(_in_words(run, hardware)), ""]
+        for processes in num_processes or (rank_from_environment()[1],):
+            lines += [*_memory_in_words(run, hardware, processes), ""]
     return "\n".join(lines).rstrip()
 
 
 def _in_words(config: RunConfig, hardware: Sequence[str]) -> dict[str, str]:
     found = estimate(config)
-    memory = ", ".join(f"{name} {amount(value)}B" for name, value in found.memory.items())
     classes = config.class_conditional and not config.model.num_classes
     work, images = found.work, found.batch_size
     gain = {
@@ -162,7 +174,6 @@ def _in_words(config: RunConfig, hardware: Sequence[str]) -> dict[str, str]:
         f"{work.intensity:.3g} FLOPs a byte",
         "launches": f"{sum(found.launches.values()):,} a step",
         **(gain if found.visible < found.patches else {}),
-        "memory": f"{amount(sum(found.memory.values()))}B: {memory}",
         **{
             name: _time_in_words(
                 found, HARDWARE[name] if name != HERE else hardware_here(config, found, found.precision)
@@ -183,6 +194,51 @@ def _time_in_words(found: Estimate, machine: Hardware) -> str:
         f"{found.batch_size / time.step.seconds:,.4g} images/s, {format_seconds(seconds)} in all "
         f"({length}{'; max_seconds ends it' if limited else ''})" + (f", {time.mfu:.1%} MFU" if time.mfu else "")
     )
+
+
+def _memory_in_words(config: RunConfig, hardware: Sequence[str], processes: int) -> list[str]:
+    """Which engine the run takes on every machine, and what a process takes under each, in so many processes."""
+    here = make_world(config.machine.device).device if HERE in hardware else None
+    engines = {}
+    for name in hardware:
+        title = HARDWARE[name].title if name != HERE else f"{here}, which is here"
+        engines[f"engine on {title}"] = _engine_in_words(config, HARDWARE.get(name), here, processes)
+    place: Place = "cpu" if here is not None and here.type == "cpu" and len(hardware) == 1 else "cuda"
+    title = "one process" if processes == 1 else f"one of {processes} processes"
+    rows = [["GB by engine", *_COLUMNS, "at most", *(["on the host"] if place == "cuda" else [])]]
+    for engine in [name for name in ENGINES if name != ("ddp" if processes == 1 else "plain")]:
+        memory = memory_per_rank(config, engine, processes, place=place)
+        sums = [sum(map(memory.of, names)) for names in _COLUMNS.values()]
+        rows.append([engine, *(_in_gb(size) for size in [*sums, memory.total])])
+        if place == "cuda":
+            rows[-1].append(_in_gb(memory.host_total))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    cells = [[f"{first:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(rest, widths[1:], strict=True))]
+             for first, *rest in rows]  # fmt: skip
+    return [
+        f"memory of {title} (at most: activations and the optimizer's step come one after the other)",
+        *table(engines),
+        *("  " + "  ".join(row) for row in cells),
+    ]
+
+
+def _engine_in_words(config: RunConfig, named: Hardware | None, here: torch.device | None, processes: int) -> str:
+    """The engine of the run on a machine by its data sheet or, where there is none, on this one."""
+    if named is not None:
+        memory: tuple[float | None, float | None] = (named.memory, math.inf)
+    else:
+        # As if all processes ran on this machine.
+        host = backend.device_memory(torch.device("cpu")) / processes
+        memory = (host, None) if here.type == "cpu" else (backend.device_memory(here), host)
+    try:
+        engine, why = choose_engine(config, processes, *memory)
+    except (ValueError, RuntimeError) as error:
+        return f"none. {error}"
+    return f"{engine}: {why}"
+
+
+def _in_gb(size: float) -> str:
+    return f"{size / 1e9:,.2f}" if size else "-"
 
 
 def table(values: dict[str, object]) -> list[str]:

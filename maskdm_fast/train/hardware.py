@@ -28,8 +28,9 @@ class Hardware:
 
     Attributes:
         title: for people.
-        peaks: FLOP/s of dense matrix products by precision: bf16, tf32, fp32.
+        peaks: FLOP/s of dense matrix products by precision: bf16, fp16, tf32, fp32.
         bandwidth: bytes of memory per second.
+        memory: its bytes; None where it was not asked for.
         launch: seconds until one operator is launched.
         product_share, bandwidth_share: share of peak and bandwidth that is reached; 1 where both were measured.
         asynchronous: whether the host launches ahead while the device works; else the times add up.
@@ -40,6 +41,7 @@ class Hardware:
     title: str
     peaks: Mapping[str, float]
     bandwidth: float
+    memory: float | None = None
     launch: float = LAUNCH_SECONDS
     product_share: float = PRODUCT_SHARE
     bandwidth_share: float = BANDWIDTH_SHARE
@@ -64,36 +66,40 @@ class Hardware:
 HARDWARE: dict[str, Hardware] = {
     "a100": Hardware(
         title="A100 80GB SXM",
-        peaks={"bf16": 312e12, "tf32": 156e12, "fp32": 19.5e12},
+        peaks={"bf16": 312e12, "fp16": 312e12, "tf32": 156e12, "fp32": 19.5e12},
         bandwidth=2.039e12,
+        memory=80e9,
         device_names=("NVIDIA A100-SXM4-80GB",),
-        source="NVIDIA A100 data sheet (nvidia.com/en-us/data-center/a100): 312, 156 and 19.5 TFLOPS, 2,039 GB/s",
+        source="NVIDIA A100 data sheet (nvidia.com/en-us/data-center/a100): 312, 156 and 19.5 TFLOPS, 2,039 GB/s, 80GB",
     ),
     "h100": Hardware(
         title="H100 SXM",
-        peaks={"bf16": 989e12, "tf32": 494e12, "fp32": 67e12},
+        peaks={"bf16": 989e12, "fp16": 989e12, "tf32": 494e12, "fp32": 67e12},
         bandwidth=3.35e12,
+        memory=80e9,
         device_names=("NVIDIA H100 80GB HBM3",),
         source="NVIDIA H100 data sheet (nvidia.com/en-us/data-center/h100): 1,979 and 989 TFLOPS with sparsity, half "
-        "of it dense; 67 TFLOPS, 3.35 TB/s",
+        "of it dense; 67 TFLOPS, 3.35 TB/s, 80GB",
     ),
     "h200": Hardware(
         title="H200 SXM",
-        peaks={"bf16": 989e12, "tf32": 494e12, "fp32": 67e12},
+        peaks={"bf16": 989e12, "fp16": 989e12, "tf32": 494e12, "fp32": 67e12},
         bandwidth=4.8e12,
+        memory=141e9,
         device_names=("NVIDIA H200",),
-        source="NVIDIA H200 data sheet (nvidia.com/en-us/data-center/h200): as H100, 4.8 TB/s",
+        source="NVIDIA H200 data sheet (nvidia.com/en-us/data-center/h200): as H100, 4.8 TB/s, 141GB",
     ),
     "b200": Hardware(
         title="B200 SXM",
-        peaks={"bf16": 2250e12, "tf32": 1100e12, "fp32": 75e12},
+        peaks={"bf16": 2250e12, "fp16": 2250e12, "tf32": 1100e12, "fp32": 75e12},
         bandwidth=7.7e12,
+        memory=180e9,
         device_names=("NVIDIA B200",),
         source="NVIDIA Blackwell data sheet, HGX B200 per GPU (nvidia.com/en-us/data-center/hgx): 4.5 and 2.2 PFLOPS "
-        "with sparsity, half of it dense; 75 TFLOPS, 7.7 TB/s",
+        "with sparsity, half of it dense; 75 TFLOPS, 7.7 TB/s; 1,440GB for the eight of a DGX B200",
     ),
 }
-"""GPUs by the names that ``--hardware`` takes."""
+"""GPUs by the names that ``--hardware`` takes. Memory in decimal gigabytes: PyTorch finds a few percent more."""
 
 HERE = "here"
 """The name of the machine at hand, which is measured."""
@@ -128,10 +134,10 @@ def probe(model: UViTConfig, tokens: int, precision: str, device: torch.device) 
     Args:
         model: its widths count.
         tokens: rows of the product, kept within 64 and 4096.
-        precision: bf16 or fp32; tf32 is fp32 where PyTorch was told to use it.
+        precision: bf16, fp16 or fp32; tf32 is fp32 where PyTorch was told to use it.
         device: where.
     """
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     x = torch.full((max(64, min(tokens, 4096)), model.dim), 0.5, dtype=dtype, device=device)
     weight = torch.full((4 * model.dim, model.dim), 0.5, dtype=dtype, device=device)
     source = torch.zeros(1 << 24, device=device)

@@ -141,13 +141,13 @@ def test_memory_and_time_add_up():
     found = estimate(config)
     assert found.parameters == 44_292_144
     assert (found.visible, found.patches, found.extras) == (32, 256, 1)
-    assert found.memory["optimizer and average"] == 12 * found.parameters
-    assert found.memory["activations"] == 256 * saved_bytes(config.model, 32, item=2)
+    assert found.memory.of("moments") + found.memory.of("average") == 12 * found.parameters
+    assert found.memory.of("activations") == 256 * saved_bytes(config.model, 32, item=2)
     step = found.on(PLAIN).step.seconds
     assert found.steps == 200_000 and found.seconds(step) == (pytest.approx(200_000 * step), False)
     assert step > found.work.flops / 1e12
     small = estimate(replace(config, machine=MachineConfig(micro_batch_size=32)))
-    assert small.memory["activations"] == 32 * saved_bytes(config.model, 32, item=2)
+    assert small.memory.of("activations") == 32 * saved_bytes(config.model, 32, item=2)
     assert small.work.flops == pytest.approx(found.work.flops)
     # Eight times: weights read, cast and their gradients written; and seven times: the gradients added up.
     assert small.work.bytes > found.work.bytes + 7 * 12 * found.parameters

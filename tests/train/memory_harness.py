@@ -1,0 +1,103 @@
+"""Run under torchrun: what DeepSpeed's engines really take, as one line of JSON by rank 0.
+
+Arguments: ENGINE:PRECISION, as many as wanted. Of every engine, in bytes of the CPU's allocator: ``steady``, what
+is held between steps; ``passes`` and ``update``, the most that forward and backward pass, and the optimizer's step, had
+besides; and the same as `memory_per_rank` has it.
+"""
+
+import gc
+import json
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from maskdm_fast.models import CONFIGS, UViT
+from maskdm_fast.train import memory, zero_engine
+from maskdm_fast.train.config import DenoisingConfig, MachineConfig, RunConfig
+from maskdm_fast.train.engine import DTYPES, EngineSettings, OptimizerSettings, make_engine
+from maskdm_fast.train.world import World, disconnect, make_world
+
+MODEL = replace(CONFIGS["emoji32"], dim=192, num_heads=3)
+NUM_MICRO = 2
+
+
+def held() -> int:
+    """Bytes of all tensors, each piece of memory once."""
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # looking at some modules is deprecated
+        tensors = [item for item in gc.get_objects() if isinstance(item, torch.Tensor) and item.device.type == "cpu"]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def peak(work: Callable[[], object]) -> int:
+    """Most bytes that the allocator gave out during `work`, besides those that were there."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    with tempfile.TemporaryDirectory() as folder:
+        profiler.export_chrome_trace(f"{folder}/trace.json")
+        events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
+    events = [event for event in events if event.get("name") == "[memory]"]
+    total, most = 0, 0
+    for event in sorted(events, key=lambda event: event["ts"]):
+        total += event["args"]["Bytes"]
+        most = max(most, total)
+    return most
+
+
+def measure(name: str, precision: str, world: World) -> dict[str, float]:
+    model = UViT(MODEL)
+    num_values = sum(parameter.numel() for parameter in model.parameters())
+    # A small network stands for one that is larger than a bucket.
+    sizes = memory.ZeroSizes(num_values // 8 // 2 * 2, num_values // 8)
+    memory.zero_sizes = zero_engine.zero_sizes = lambda _: sizes
+    base = held() - 4 * num_values
+    optimizer = OptimizerSettings((0.9, 0.99), 0.0, None, 0.999)
+    engine = make_engine(name, model, optimizer, EngineSettings(precision, NUM_MICRO), world)
+    tokens = torch.zeros(1, 1, MODEL.token_dim, dtype=DTYPES[precision])
+    place, time = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+
+    def passes() -> None:
+        for number in range(NUM_MICRO):
+            with engine.micro_batch(last=number == NUM_MICRO - 1), engine.autocast():
+                engine.backward(engine.model(tokens, time, place).float().square().mean())
+
+    for _ in range(2):  # ZeRO 3 knows after the first step what is used when
+        passes()
+        engine.step(1e-4)
+    steady = held() - base
+    in_passes = peak(passes)
+    left = held() - base - steady
+    in_update = left + peak(lambda: engine.step(1e-4))
+    config = RunConfig(
+        model=MODEL,
+        precision=precision,
+        stage=DenoisingConfig(batch_size=NUM_MICRO * world.world_size),
+        machine=MachineConfig(micro_batch_size=1),
+    )
+    said = memory.memory_per_rank(config, name, world.world_size, place="cpu")
+    # Of one token: too few to count.
+    activations = said.passes["activations"] + said.passes["workspace"]
+    return {
+        "values": num_values,
+        "steady": steady,
+        "passes": in_passes,
+        "update": in_update,
+        "said_steady": sum(said.steady.values()) - memory.OVERHEAD["cpu"],
+        "said_passes": sum(said.passes.values()) - activations,
+        "said_update": sum(said.update.values()),
+    }
+
+
+if __name__ == "__main__":
+    world = make_world("cpu")
+    found = {case: measure(*case.split(":"), world) for case in sys.argv[1:]}
+    if world.is_main:
+        print("\n" + json.dumps(found), flush=True)
+    disconnect()
