@@ -177,7 +177,7 @@ class _Packing:
 def _pack_parts(packing: _Packing, path: Path, per_part: int) -> None:
     folder = _folder_of(path)
     folder.mkdir(exist_ok=True)
-    checksum, labels, parts, shape = hashlib.sha256(), [], [], None
+    checksum, labels, parts, shape, bound = hashlib.sha256(), [], [], None, 0.0
     with waiting_lock(folder / ".lock"):
         for start in range(0, packing.total, per_part):
             stop = min(start + per_part, packing.total)
@@ -199,7 +199,7 @@ def _pack_parts(packing: _Packing, path: Path, per_part: int) -> None:
                 checksum.update(part.images[first : first + step].tobytes())
             labels.append(part.labels.numpy())
             parts.append(Part(file.relative_to(path.parent).as_posix(), len(part), part.header.checksum))
-            shape = part.header.shape[1:]
+            shape, bound = part.header.shape[1:], max(bound, part.header.bound)
         packing.check()
         of_all = np.concatenate(labels).astype("<i8")
         checksum.update(of_all.tobytes())
@@ -212,6 +212,7 @@ def _pack_parts(packing: _Packing, path: Path, per_part: int) -> None:
             skipped=tuple(packing.bad),
             attribution=packing.source.attribution,
             latents=packing.latents,
+            bound=bound,
         )
         write_index(path, header, parts)
         _sweep(folder, {part.file.rpartition("/")[2] for part in parts})

@@ -117,6 +117,7 @@ class StoreHeader:
         skipped: pairs (file, reason) that were left out.
         attribution: credit the artwork demands, or "".
         latents: None for uint8 images; of latents, which are kept as float16 x0, how they were scaled.
+        bound: largest absolute value of x0; 1 for images.
     """
 
     shape: tuple[int, int, int, int]
@@ -127,6 +128,7 @@ class StoreHeader:
     skipped: tuple[tuple[str, str], ...]
     attribution: str
     latents: LatentScaling | None = None
+    bound: float = 1.0
 
     @property
     def dtype(self) -> np.dtype:
@@ -141,7 +143,9 @@ class StoreHeader:
     def to_json(self) -> dict[str, Any]:
         """JSON values; those of images are what version 1 has always written."""
         fields = dataclasses.asdict(self)
-        return fields if self.latents is not None else {k: v for k, v in fields.items() if k != "latents"}
+        if self.latents is None:
+            del fields["latents"], fields["bound"]
+        return fields
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "StoreHeader":
@@ -197,7 +201,7 @@ def write_store(
     Raises:
         ValueError: an image has another shape or dtype, or there are none.
     """
-    shape, labels, checksum = (image_size, image_size, channels), [], hashlib.sha256()
+    shape, labels, checksum, bound = (image_size, image_size, channels), [], hashlib.sha256(), 0.0
     dtype = np.dtype(np.uint8 if latents is None else np.float16)
     with atomic_file(Path(path)) as file:
         file.seek(DATA_OFFSET)
@@ -208,6 +212,8 @@ def write_store(
             checksum.update(data)
             file.write(data)
             labels.append(label)
+            if latents is not None:
+                bound = max(bound, float(np.abs(image).max()))
         if not labels:
             raise ValueError("there are no images to store")
         data = np.asarray(labels, dtype="<i8").tobytes()
@@ -222,6 +228,7 @@ def write_store(
             skipped=tuple(skipped or ()),
             attribution=attribution,
             latents=latents,
+            bound=1.0 if latents is None else bound,
         )
         text = json.dumps(header.to_json()).encode()
         offset = file.tell()

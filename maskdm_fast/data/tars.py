@@ -131,7 +131,9 @@ def tar_source(
     shards = _expand(name)
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in shards]
     fingerprint = digest([_INDEXING, *stats])
-    label = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(name).resolve().name.removesuffix(".tar")) or "tars"
+    # A folder and a pattern of the same files share the index.
+    one = shards[0].resolve()
+    label = re.sub(r"[^A-Za-z0-9._-]+", "_", one.stem if Path(name).is_file() else one.parent.name) or "tars"
     if cache_dir is None:
         return _load(label, shards, fingerprint, _index(shards, progress))
     path = Path(cache_dir) / f"{label[:80]}-{fingerprint[:16]}.index.npz"

@@ -35,6 +35,7 @@ def sample(
     first_slot: int = 0,
     labels: Tensor | None = None,
     clip: bool = True,
+    bound: float = 1.0,
     batch_size: int,
     as_float: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -60,9 +61,10 @@ def sample(
         seed: of the noise; the first comes from `Stream.GENERATOR_NOISE`, that of step i from `Stream.SAMPLER_NOISE`.
         first_slot: slot of the first image; later calls go on with ``first_slot + num_images``.
         labels: int64 ``[num_images]``, or None.
-        clip: clip every estimate of x0 to [-1, 1].
+        clip: clip every estimate of x0 to [-bound, bound].
+        bound: largest absolute value of x0: 1 for images; latents have another.
         batch_size: images per evaluation of the network.
-        as_float: return float32 in about [-1, 1] instead of uint8.
+        as_float: return float32 in about [-bound, bound] instead of uint8, which has room for [-1, 1].
         progress: called as ``progress(done, total)`` after every evaluation of the network on a batch.
 
     Returns:
@@ -100,7 +102,7 @@ def sample(
             for index, (transition, level) in enumerate(zip(transitions, levels, strict=True)):
                 last, x0 = x0, denoiser.at(level, x, batch_labels)
                 if clip:
-                    x0.clamp_(-1.0, 1.0)
+                    x0.clamp_(-bound, bound)
                 # A new tensor, since the network may have kept the old one.
                 x = torch.mul(x, transition.c_xt).add_(x0, alpha=transition.c_x0)
                 if transition.c_last:

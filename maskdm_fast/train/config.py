@@ -242,6 +242,8 @@ class SharedConfig:
     """Of latents z: train on (z - shift) * scale. A packed store knows its own."""
     latent_shift: float = 0.0
     """See above."""
+    latent_bound: float | None = None
+    """Of latents: samplers clip (z - shift) * scale to this absolute value. None: the largest of the data set."""
     data_share: float = 1.0
     """Train on this share of the images, more than 0 and at most 1; the same ones whatever the seed."""
     skip_bad: bool = False
@@ -276,6 +278,8 @@ class RunConfig(SharedConfig):
         check_seed(self.seed)
         if self.latents is not None:
             self.latents.check()
+            bound = self.latent_bound
+            _check("latent_bound", bound, bound is None or bound > 0, "more than 0, or None")
             for part, name in ((self.stage, "hflip"), (self.output, "preview_images"), (self.output, "score_images")):
                 value = getattr(part, name)
                 _check(f"the data set holds latents; {name}", value, not value, _NO_LATENTS[name])
@@ -284,6 +288,8 @@ class RunConfig(SharedConfig):
         self.output.validate()
         micro = self.machine.micro_batch_size
         _check("micro_batch_size", micro, micro is None or micro > 0, "more than 0, or None")
+        stall = self.machine.stall_seconds
+        _check("stall_seconds", stall, stall > 0, "more than 0")
         _check("data_share", self.data_share, 0 < self.data_share <= 1, "more than 0 and at most 1")
         if self.stage.label_drop and not (self.class_conditional or self.model.num_classes):
             raise ValueError(

@@ -69,8 +69,7 @@ def generate(
         first_slot=first_slot,
         labels=labels,
         batch_size=batch_size,
-        # The values of latents have no bounds.
-        clip=config.latents is None,
+        bound=1.0 if config.latent_bound is None else config.latent_bound,
         as_float=config.latents is not None,
         progress=progress,
     )
