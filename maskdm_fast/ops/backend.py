@@ -357,6 +357,11 @@ def free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0]
 
 
+def set_device(device: torch.device) -> None:
+    """Make a CUDA device the one that this process uses where none is named."""
+    torch.cuda.set_device(device)
+
+
 def allocated_memory(device: torch.device) -> int:
     """Bytes of tensors on a CUDA device; 0 for the CPU, whose memory nobody keeps account of."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0

@@ -2,18 +2,23 @@
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from maskdm_fast.data import ImageStore, LatentScaling, open_dataset
+import torch
+
+from maskdm_fast.data import ImageStore, StoreHeader, open_dataset
 from maskdm_fast.models import is_official, load_official
+from maskdm_fast.ops import backend
 from maskdm_fast.train import checkpoint as checkpoints
 from maskdm_fast.train.config import Recipe, RunConfig, differences
 from maskdm_fast.train.extras import require
 from maskdm_fast.train.feed import Feed
+from maskdm_fast.train.memory import choose_engine, memory_per_rank
 from maskdm_fast.train.progress import step_bar
 from maskdm_fast.train.scores import Scorer
 from maskdm_fast.train.signals import StopSignals
@@ -50,7 +55,8 @@ def train(
     folder = Path(folder)
     world = make_world(config.machine.device)
     store = world.on_each_machine(lambda: open_store(config))
-    config = fit_to_latents(fit_to_classes(config, store.class_names), store.latents)
+    config = fit_to_latents(fit_to_classes(config, store.class_names), store.header)
+    settled = _settle_engine(config, world)
     score = None
     if config.output.score_images:
         cache_dir = config.machine.cache_dir or default_cache_dir()
@@ -63,13 +69,26 @@ def train(
         weights = None
         if checkpoint is None and config.stage.init_from is not None:
             weights = _initial_weights(config, folder)
-        stage = build_stage(config, world, weights)
-        feed = Feed(config, store, world)
+        stage = build_stage(settled, world, weights)
+        memory = memory_per_rank(settled, settled.machine.engine, world.world_size)
+        taken = backend.allocated_memory(world.device)
+        feed = Feed(config, store, world, still_needed=memory.still_needed(taken))
         stack.callback(feed.close)
-        trainer = Trainer(config, folder, stage, store, feed, world, score)
+        trainer = Trainer(config, folder, stage, store, feed, world, score, engine=settled.machine.engine)
         if checkpoint is not None:
             trainer.load(checkpoint)
         return trainer.run(signals, title=title or folder.name)
+
+
+def _settle_engine(config: RunConfig, world: World) -> RunConfig:
+    """`config` with the engine that it names or, if that is auto, the one that fits; says which where it matters."""
+    processes = 1 + max(world.everywhere(lambda: world.local_rank))
+    host = backend.device_memory(torch.device("cpu")) / processes
+    memory = (host, None) if world.device.type == "cpu" else (backend.device_memory(world.device), host)
+    engine, why = world.on_main(lambda: choose_engine(config, world.world_size, *memory))
+    if world.is_main and engine != "plain":
+        print(f"engine {engine}, {world.world_size} processes: {why}", file=sys.stderr, flush=True)
+    return replace(config, machine=replace(config.machine, engine=engine))
 
 
 def _take(folder: Path, config: RunConfig, stack: ExitStack) -> None:
@@ -148,15 +167,17 @@ def fit_to_classes(config: RunConfig, class_names: Sequence[str]) -> RunConfig:
     return replace(config, model=replace(config.model, num_classes=len(class_names)))
 
 
-def fit_to_latents(config: RunConfig, latents: LatentScaling | None) -> RunConfig:
-    """`config` with the scale and shift of the latents that the data set holds, if it does.
+def fit_to_latents(config: RunConfig, header: StoreHeader) -> RunConfig:
+    """`config` with scale, shift and bound of the latents that the data set holds, if it does.
 
     Raises:
         ValueError: something is wished for that cannot be had with latents.
     """
-    if latents is None:
+    if header.latents is None:
         return config
-    config = replace(config, latent_scale=latents.scale, latent_shift=latents.shift)
+    scale, shift = header.latents
+    bound = header.bound if config.latent_bound is None else config.latent_bound
+    config = replace(config, latent_scale=scale, latent_shift=shift, latent_bound=bound)
     config.validate()
     return config
 

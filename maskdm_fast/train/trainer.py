@@ -71,6 +71,7 @@ class Trainer:
         feed: of this process, over `store`.
         world: the processes that train.
         score: the scores of a stage by their names; None where ``score_images`` is 0.
+        engine: name of the stage's, for the records.
     """
 
     def __init__(
@@ -82,10 +83,12 @@ class Trainer:
         feed: Feed,
         world: World,
         score: Callable[[Stage], dict[str, float | int]] | None = None,
+        *,
+        engine: str,
     ) -> None:
         self.config, self.folder, self.stage, self.store, self.world = config, folder, stage, store, world
         self.step = 0
-        self._feed, self._score = feed, score
+        self._feed, self._score, self._engine = feed, score, engine
         peak = stated_peak(world.device, config.precision)
         self._peak = None if peak is None else peak * world.world_size
         self._meter = Meter(world)
@@ -146,7 +149,9 @@ class Trainer:
             "config": self.config.to_dict(),
             "commit": git_commit(),
             "versions": package_versions(),
-            "machine": {**machine(), "device": str(self.world.device), "processes": self.world.world_size},
+            "machine": {**machine(), "device": str(self.world.device)},
+            "processes": self.world.world_size,
+            "engine": self._engine,
             "data": self._data,
         }
         return RunJournal(self.config, self.folder, title, self.step, self.images, header)

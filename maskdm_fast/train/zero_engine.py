@@ -3,6 +3,7 @@ deepspeed."""
 
 import logging
 import os
+import warnings
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -60,7 +61,6 @@ class ZeroEngine:
 
     Raises:
         RuntimeError: DeepSpeed is not installed.
-        ValueError: what is asked for does not go with ZeRO.
     """
 
     def __init__(
@@ -68,7 +68,6 @@ class ZeroEngine:
     ) -> None:
         deepspeed = _import_deepspeed(world.device)
         self._stage, self._world, self._precision = STAGES[name], world, settings.precision
-        self._check(name, optimizer, settings)
         if not dist.is_initialized():
             backend = "nccl" if world.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -90,20 +89,8 @@ class ZeroEngine:
             self._zero.loss_scaler.raise_error_at_min_scale = False
         self._optimizer = own
         self._params = {name: param for param, name in names.items()}
-        self._communicated: dict[str, float] = {}  # seconds, by operation
         self._make_states()
         self._shares = self._find_shares()
-
-    def _check(self, name: str, optimizer: OptimizerSettings, settings: EngineSettings) -> None:
-        if optimizer.name == "lamb":
-            raise ValueError(f"optimizer lamb needs the norm of whole tensors, which {name} divides; use plain or ddp")
-        if optimizer.kernel != "maskdm_fast" or settings.layer_norm != "pytorch":
-            raise ValueError(f"the kernels of apex are for the engines plain and ddp, not for {name}; leave them out")
-        if settings.compiled and self._stage == 3:
-            raise ValueError(
-                f"engine {name} gathers and drops weights around every layer, which torch.compile cannot trace; leave "
-                "out --compile, or use zero2"
-            )
 
     def _flats(self) -> list[Tensor]:
         if self._stage == 3:
@@ -238,15 +225,16 @@ class ZeroEngine:
 
         comm.configure(enabled=True, prof_all=True, verbose=False)
         comm.comms_logger.comms_dict.clear()
+        for timer in comm.timers.get_timers().values():
+            timer.reset()  # else they go on from the last time
         try:
             yield
         finally:
             comm.configure(enabled=False, prof_all=False)
-        for operation, sizes in comm.comms_logger.comms_dict.items():
-            # DeepSpeed adds up what an operation has taken since the first time.
-            total = max(milliseconds[-1] for _, milliseconds, *_ in sizes.values()) / 1e3
-            self._world.timer.add("communication", total - self._communicated.get(operation, 0.0))
-            self._communicated[operation] = total
+        for sizes in comm.comms_logger.comms_dict.values():
+            # An entry is what all calls of this operation have taken until then.
+            total = max(milliseconds[-1] for _, milliseconds, *_ in sizes.values())
+            self._world.timer.add("communication", total / 1e3)
 
 
 def _import_deepspeed(device: torch.device) -> Any:
@@ -255,6 +243,9 @@ def _import_deepspeed(device: torch.device) -> Any:
     for name in ("DeepSpeed", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
     deepspeed = require("deepspeed", "deepspeed")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # importing it has set another one
+    # It calls functions of PyTorch that have new names.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # An all-reduce for inference that would be compiled now.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

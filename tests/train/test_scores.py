@@ -14,8 +14,8 @@ import torch
 from maskdm_fast.eval import FeatureNetwork, compare, compute_features
 from maskdm_fast.train import checkpoint, load_weights, read_metrics, scores, train
 from maskdm_fast.train.generation import generate
-from maskdm_fast.train.world import World
 from maskdm_fast.train.runs import fit_to_classes, open_store
+from maskdm_fast.train.world import World
 
 
 class MeanFeatures(FeatureNetwork):

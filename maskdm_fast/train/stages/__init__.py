@@ -7,6 +7,7 @@ entry in `STAGES`. The trainer does not change.
 from dataclasses import replace
 
 from maskdm_fast.train.config import DenoisingConfig, RunConfig
+from maskdm_fast.train.memory import check_engine
 from maskdm_fast.train.stages.base import Batch, Stage
 from maskdm_fast.train.stages.denoising import DenoisingStage
 from maskdm_fast.train.weights import Weights
@@ -17,10 +18,14 @@ STAGES = {DenoisingConfig: DenoisingStage}
 
 
 def build_stage(config: RunConfig, world: World, weights: Weights | None = None) -> Stage:
-    """The stage that `config` asks for; arguments as in `Stage.build`."""
+    """The stage that `config` asks for; arguments and errors as in `Stage.build`.
+
+    Here the engine auto is plain, or ddp if there are several processes; `maskdm_fast.train.train` asks what fits.
+    """
     if config.machine.engine == "auto":
         engine = "plain" if world.world_size == 1 else "ddp"
         config = replace(config, machine=replace(config.machine, engine=engine))
+    check_engine(config, config.machine.engine, world.world_size)
     return STAGES[type(config.stage)].build(config, world, weights)
 
 
