@@ -1,9 +1,15 @@
+import re
+import shlex
+from pathlib import Path
+
 import numpy as np
 import pytest
 import webdataset
 from PIL import Image
 
-from maskdm_fast.data import ImageStore, LatentScaling
+from maskdm_fast import cli
+from maskdm_fast.commands import PackOptions, SampleOptions
+from maskdm_fast.data import ImageStore, LatentScaling, TarSource
 
 MODEL = ("--image-size", 8, "--patch-size", 2, "--dim", 16, "--depth", 3, "--num-heads", 2)
 BATCH = ("--batch-size", 4, "--log-images", 4, "--hflip", 0, "--preview-images", 0, "--device", "cpu")
@@ -59,8 +65,6 @@ def test_a_run_on_shards_goes_on_without_replay(shards, tmp_path, run, monkeypat
     options = (*TRAIN, "--data", shards, "--decoding", "on-the-fly")
     assert run(*options, "--num-images", 20, "--out", "whole") == 0
     assert run(*options, "--num-images", 12, "--out", "parts") == 0
-    from maskdm_fast.data import TarSource
-
     opened, real = [], TarSource.open
     monkeypatch.setattr(TarSource, "open", lambda self, index: opened.append(index) or real(self, index))
     assert run(*options, "--num-images", 20, "--out", "parts") == 0
@@ -150,3 +154,18 @@ def test_errors(shards, tmp_path, run, capsys, options, message):
     assert run("pack", shards, *options) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("*.store"))
+
+
+def test_the_commands_of_the_page_can_be_given():
+    page = Path(__file__).resolve().parents[2] / "docs" / "data.md"
+    lines = re.findall(r"^maskdm-fast (.*)$", page.read_text(), re.MULTILINE)
+    assert len(lines) >= 5
+    for line in lines:
+        command, *arguments = shlex.split(line)
+        if command == "train":
+            config, *_ = cli._train_options(arguments[0], arguments[1:])
+            if ".store" in config.data and config.model.channels == 4:
+                for _, run in config.runs():
+                    assert not (run.stage.hflip or run.output.preview_images or run.output.score_images)
+        else:
+            cli._parse({"pack": PackOptions, "sample": SampleOptions}[command], arguments, command).check()

@@ -95,8 +95,7 @@ def test_clipping_re_derives_the_noise():
     assert (generate(schedule, network, num_steps=num_steps, clip=True) == 1.0).all()
     eps = ((1 - a).sqrt() * x_T - a.sqrt()) / (1 - a).sqrt()
     torch.testing.assert_close(seen[1], (b.sqrt() + (1 - b).sqrt() * eps).float())
-    assert (generate(schedule, network, num_steps=num_steps, bound=1.5) == 1.5).all()
-    torch.testing.assert_close(generate(schedule, network, num_steps=num_steps, bound=3.0), torch.full((3, 4, 4, 1), 2.0))
+    assert (generate(schedule, network, num_steps=num_steps, clip=True, bound=1.5) == 1.5).all()
 
 
 def test_pixels_are_rounded_and_clamped():

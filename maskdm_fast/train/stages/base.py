@@ -20,7 +20,7 @@ class Batch:
     """A micro-batch on the device.
 
     Attributes:
-        images: uint8 ``[B, h, w, C]``.
+        images: uint8 ``[B, h, w, C]``, or float16 x0 of latents.
         labels: int64 ``[B]``, -1 where an image has no class.
         slots: int64 ``[B]``, places in the global batch; every random draw for image i uses ``slots[i]``.
     """
