@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maskdm_fast.ops import control_groups
+
 BACKENDS = ("reference", "cpu", "cuda", "triton", "sdpa", "xformers")
 AUTOMATIC: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # else: reference
 
@@ -330,26 +332,7 @@ def device_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min([physical, *_control_group_limits()])
-
-
-def _control_group_limits(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> list[int]:
-    """Limits on the memory of this process, of its control group and of those above it, version 1 or 2 (Linux)."""
-    limits = []
-    for line in groups.read_text().splitlines() if groups.exists() else ():
-        _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory"):
-            continue
-        top = root / controllers
-        inner = top / path.lstrip("/")
-        for folder in (inner, *inner.parents):
-            if not folder.is_relative_to(top):
-                break
-            for name in ("memory.max", "memory.limit_in_bytes"):
-                # Within a container the path is often that of the host, which is not there; its limit is at the top.
-                with contextlib.suppress(FileNotFoundError, ValueError):  # "max": none
-                    limits.append(int((folder / name).read_text()))
-    return limits
+    return min([physical, *control_groups.memory_limits()])
 
 
 def free_memory(device: torch.device) -> int:

@@ -83,7 +83,7 @@ def count_launches(config: RunConfig) -> Launches:
     batches = [Batch(image, torch.full((1,), -1), torch.tensor([slot])) for slot in (0, 1)]
 
     def found(run: Callable[[], Any]) -> Counter[str]:
-        with _Counting(casts=config.precision == "bf16") as mode:
+        with _Counting(casts=config.precision != "fp32") as mode:
             run()
         return mode.found
 

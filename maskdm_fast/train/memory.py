@@ -7,13 +7,15 @@ activations, buffers of communication), update with the optimizer's step. P valu
 bytes of a value: 2 under bf16 and fp16, else 4; B values of a bucket, W of a window (`zero_sizes`).
 
     engine          steady                               passes, besides activations and workspace     update
-    plain, ddp      16 P                                 4 P, and 2 P of 16-bit copies                 4 P
+    plain           16 P                                 4 P, and 2 P of 16-bit copies                 4 P
+    ddp             20 P                                 4 P if accumulated, and 2 P of copies         -
     zero1           s P + 16 S                           s S, and s P if accumulated; buckets          2 s S + fp32 S
     zero2           s P + 16 S                           s S, twice if accumulated; buckets            2 s S + fp32 S
     zero3           2 s S + 16 S + s B + small weights   gathered weights, buckets                     s S + fp32 S
     zero3-offload   s B + small weights                  gathered weights, buckets                     -
 
-where fp32 is 4 under 16 bits, whose gradients are converted for the update, else 0. ddp's buckets are its gradients.
+where fp32 is 4 under 16 bits, whose gradients are converted for the update, else 0. ddp's gradients become views of its
+buckets when they are sent.
 
 Source: deepspeed 0.19.8, runtime/zero/stage_1_and_2.py, stage3.py and partition_parameters.py; the tests hold the bytes
 equal to those of the tensors of its engines. Rajbhandari et al., "ZeRO", SC 2020, has the same without buffers.
@@ -163,7 +165,7 @@ def memory_per_rank(config: RunConfig, engine: str, world_size: int, *, place: P
     """
     stage, machine, model, item = config.stage, config.machine, model_of(config), item_size(config)
     micro_batches = World(torch.device("cpu"), 0, world_size).micro_batches(stage.batch_size, machine.micro_batch_size)
-    network = _network(model)
+    network, accumulates = _network(model), len(micro_batches) > 1
     passes = _activations(config, max(map(len, micro_batches)))
     steady = {"overhead": OVERHEAD[place] + (NCCL_BYTES if place == "cuda" and world_size > 1 else 0.0)}
     update: dict[str, float] = {}
@@ -172,6 +174,10 @@ def memory_per_rank(config: RunConfig, engine: str, world_size: int, *, place: P
     if engine in ("plain", "ddp"):
         steady |= {"weights": FLOAT * values, "moments": 2 * FLOAT * values, "average": FLOAT * values}
         passes["gradients"] = update["gradients"] = FLOAT * values
+        if engine == "ddp":
+            # Its buckets stay. Gradients that are not sent yet lie beside them until the last micro-batch.
+            steady["gradients"] = FLOAT * values
+            passes["gradients"], update = (FLOAT * values if accumulates else 0.0), {}
         if item < FLOAT:
             passes["16-bit weights"] = item * values
         return Memory(steady, passes, update)
@@ -183,7 +189,6 @@ def memory_per_rank(config: RunConfig, engine: str, world_size: int, *, place: P
     if engine in ("zero1", "zero2"):
         steady |= {"weights": item * values, **state}
         overlap = place == "cuda"
-        accumulates = len(micro_batches) > 1
         if engine == "zero2":
             passes["gradients"] = item * shard * (2 if accumulates else 1)
         else:

@@ -15,6 +15,7 @@ from maskdm_fast.diffusion import MaskedObjective, make_schedule
 from maskdm_fast.diffusion.masking import NoMask
 from maskdm_fast.models import CONFIGS, UViT
 from maskdm_fast.ops import backend
+from maskdm_fast.ops.control_groups import memory_limits
 from maskdm_fast.train import PRESETS
 from maskdm_fast.train.config import DenoisingConfig, MachineConfig, RunConfig
 from maskdm_fast.train.engine import EngineSettings, OptimizerSettings, make_engine
@@ -73,10 +74,10 @@ def test_bytes_of_a_plain_step_are_those_that_are_allocated(checkpointing):
     assert peak(lambda: engine.step(1e-4)) < 0.01 * steady
 
 
-def test_bytes_of_zero_are_those_that_deepspeed_holds():
+def test_bytes_of_several_processes_are_those_that_are_held():
     """Two processes, two micro-batches, a network of eight buckets: what stays to 0.1 %, the peak within 8 %."""
     pytest.importorskip("deepspeed", reason="deepspeed is not installed (pip install 'maskdm_fast[deepspeed]')")
-    cases = ("zero1:fp32", "zero2:bf16", "zero3:bf16", "zero3-offload:bf16")
+    cases = ("ddp:bf16", "zero1:fp32", "zero2:bf16", "zero3:bf16", "zero3-offload:bf16")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     result = subprocess.run(
         [*command, str(Path(__file__).with_name("memory_harness.py")), *cases],
@@ -127,6 +128,8 @@ def test_engines_take_less_from_first_to_last():
 def test_accumulated_gradients_are_counted():
     split = on(HUGE, micro_batch_size=16)
     values = num_parameters(HUGE)
+    assert memory_per_rank(HUGE, "ddp", 8).of("gradients") == 4 * values
+    assert memory_per_rank(split, "ddp", 8).of("gradients") == 8 * values
     assert memory_per_rank(HUGE, "zero1", 8).passes["gradients"] == pytest.approx(2 * values / 8, rel=1e-6)
     assert memory_per_rank(split, "zero1", 8).passes["gradients"] == pytest.approx(2 * values * 9 / 8, rel=1e-6)
     assert memory_per_rank(split, "zero2", 8).passes["gradients"] == pytest.approx(2 * values / 4, rel=1e-6)
@@ -245,8 +248,8 @@ def test_memory_of_the_machine(tmp_path):
         (top / "job" / "step" / name).write_text("max\n")
         (top / "job" / name).write_text("1000\n")
         (top / name).write_text("4000\n")
-        assert backend._control_group_limits(groups, tmp_path / "root") == [1000, 4000]
-    assert backend._control_group_limits(tmp_path / "absent") == []
+        assert memory_limits(groups, tmp_path / "root") == [1000, 4000]
+    assert memory_limits(tmp_path / "absent") == []
 
 
 def test_dry_run_tells_engine_and_memory():
