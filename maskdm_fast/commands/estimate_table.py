@@ -6,6 +6,7 @@ from typing import Any
 
 from maskdm_fast.train.estimate import Estimate, amount
 from maskdm_fast.train.hardware import BANDWIDTH_SHARE, LAUNCH_SECONDS, PRODUCT_SHARE, Hardware
+from maskdm_fast.train.memory import gigabytes
 from maskdm_fast.train.roofline import Roofline, Time, launches_of_parts
 
 _LETTERS = {"compute": "C", "memory": "M", "launches": "L"}
@@ -40,6 +41,7 @@ class StageEstimate:
             "micro_batches": found.num_micro,
             "precision": self.precision,
             "parameters": found.parameters,
+            "memory_bytes": found.memory.total,
             "flops": found.work.flops,
             "model_flops": found.work.model_flops,
             "bytes": found.work.bytes,
@@ -79,7 +81,8 @@ class StageEstimate:
         micro = f" in {found.num_micro} micro-batches" if found.num_micro > 1 else ""
         lines = [
             f"{self.name}: {found.visible:.4g} of {found.patches} patches visible, {found.batch_size} images a step"
-            f"{micro}, {self.precision}, {amount(found.parameters)}parameters. An estimate:",
+            f"{micro}, {self.precision}, {amount(found.parameters)}parameters, "
+            f"{gigabytes(found.memory.total)} of memory. An estimate:",
             "".join(f"{title:{form}}" for title, form in _COLUMNS) + "".join(f"{name:>11}" for name in self.times),
         ]
         for part in found.parts:

@@ -262,6 +262,12 @@ def test_dry_run_tells_engine_and_memory():
     assert f"engine on H200 SXM  plain: {plain.total / 1e9:.1f} GB of 141.0 GB a process" in text
 
 
+def test_bench_estimates_the_memory_of_one_process(capsys):
+    assert cli.main(["bench", "--estimate", "--preset", "smoke-pretrain", "--hardware", "a100", "--json"]) == 0
+    (stage,) = json.loads(capsys.readouterr().out)["stages"]
+    assert stage["memory_bytes"] == memory_per_rank(PRESETS["smoke-pretrain"](), "plain", 1).total
+
+
 def test_dry_run_on_the_command_line(capsys):
     assert cli.main(["train", "smoke-pretrain", "--dry-run", "--num-processes", "2", "--device", "cpu"]) == 0
     text = capsys.readouterr().out
