@@ -1,6 +1,7 @@
 """Packed images that are memory-mapped instead of decoded, in one file or several."""
 
 import hashlib
+import mmap
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -19,6 +20,9 @@ from maskdm_fast.data.store_file import (
     StoreHeader,
     read_header,
 )
+
+READ_AHEAD_BYTES = 4 << 30
+"""Images of more bytes than this may not lie in memory: what a batch needs is asked for at once."""
 
 
 class ImageRows(ABC):
@@ -87,13 +91,13 @@ class ImageStore:
         header: what it says.
         images: see below.
         labels: see below.
-        files: the stores that hold the data.
+        files: the stores that hold the data, mapped into memory; none where there are no such files.
 
     Attributes:
         path: the file.
         header: `StoreHeader`.
-        images: ``[n, h, w, C]``, uint8, or float16 x0 where they are latents: a read-only memmap, or of several files
-            `ImageRows`, which are indexed alike.
+        images: ``[n, h, w, C]``, uint8, or float16 x0 where they are latents: a read-only array over the mapped file,
+            or of several files `ImageRows`, which are indexed alike.
         labels: int64 tensor ``[n]``; class index, or -1 for all where there are no classes.
         is_mapped: whether the images lie on the disk as they are; else each one is decoded when it is asked for.
     """
@@ -106,7 +110,7 @@ class ImageStore:
         header: StoreHeader,
         images: np.ndarray | ImageRows,
         labels: np.ndarray,
-        files: Sequence[tuple[Path, StoreHeader]] = (),
+        files: Sequence["_MappedFile"] = (),
     ) -> None:
         self.path, self.header, self.images = path, header, images
         self.labels = torch.from_numpy(labels)
@@ -126,11 +130,11 @@ class ImageStore:
         """
         path = Path(path)
         header, parts = read_header(path)
-        files = [(path, header)] if parts is None else [_open_part(path, header, part) for part in parts]
-        arrays = [np.memmap(file, held.dtype, "r", DATA_OFFSET, held.shape) for file, held in files]
-        labels = [np.fromfile(file, "<i8", held.shape[0], offset=DATA_OFFSET + held.nbytes) for file, held in files]
-        images = arrays[0] if parts is None else JoinedImages(arrays)
-        return cls(path, header, images, np.concatenate(labels).astype(np.int64, copy=False), files)
+        held = [(path, header)] if parts is None else [_open_part(path, header, part) for part in parts]
+        files = [_MappedFile(*one) for one in held]
+        images = files[0].images if parts is None else JoinedImages([file.images for file in files])
+        labels = np.concatenate([file.labels() for file in files]).astype(np.int64, copy=False)
+        return cls(path, header, images, labels, files)
 
     def __len__(self) -> int:
         return self.header.shape[0]
@@ -181,7 +185,16 @@ class ImageStore:
             raise IndexError(
                 f"indices span {int(indices.min())}..{int(indices.max())}, want 0..{len(self) - 1} ({str(self.path)!r})"
             )
+        if self.nbytes > READ_AHEAD_BYTES:
+            self._read_ahead(indices.numpy())
         return torch.from_numpy(np.asarray(self.images[indices.numpy()])), self.labels[indices]
+
+    def _read_ahead(self, indices: np.ndarray) -> None:
+        first = 0
+        for file in self._files:
+            count = len(file.images)
+            file.read_ahead(indices[(first <= indices) & (indices < first + count)] - first)
+            first += count
 
     def verify(self) -> None:
         """Read everything and compare the checksum.
@@ -189,16 +202,45 @@ class ImageStore:
         Raises:
             StoreError: a byte of images or labels has changed since packing.
         """
-        for path, header in self._files:
-            checksum = hashlib.sha256()
-            remaining = header.nbytes + 8 * header.shape[0]
-            with open(path, "rb") as file:
-                file.seek(DATA_OFFSET)
-                while remaining and (data := file.read(min(CHUNK_BYTES, remaining))):
-                    checksum.update(data)
-                    remaining -= len(data)
-            if checksum.hexdigest() != header.checksum:
-                raise StoreError(f"the data of {str(path)!r} is damaged: delete the file and pack again")
+        for file in self._files:
+            file.verify()
+
+
+class _MappedFile:
+    """One store file; `images` is a read-only array over it."""
+
+    def __init__(self, path: Path, header: StoreHeader) -> None:
+        self._path, self._header = path, header
+        with open(path, "rb") as file:
+            self._mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.images = np.ndarray(header.shape, header.dtype, self._mapping, DATA_OFFSET)
+
+    def labels(self) -> np.ndarray:
+        """int64 ``[n]``, copied."""
+        return np.frombuffer(self._mapping, "<i8", len(self.images), DATA_OFFSET + self._header.nbytes).copy()
+
+    def read_ahead(self, indices: np.ndarray) -> None:
+        """Let the system read these images all at once; copied without that, they come one page fault after the other.
+
+        From a disk, 256 images of 64 px took 128 to 225 ms without and 5 to 10 ms with it, of 256 px 186 to 232 and 55
+        to 58 ms; from memory 0.2 ms and 0.4 ms, 12 and 27 ms (medians of 8, one core of an EPYC, others running).
+        """
+        size = self._header.nbytes // len(self.images)
+        for start in (DATA_OFFSET + indices * size).tolist():
+            page = start - start % mmap.PAGESIZE
+            self._mapping.madvise(mmap.MADV_WILLNEED, page, start + size - page)
+
+    def verify(self) -> None:
+        """Raise StoreError if a byte of images or labels is not as it was written."""
+        checksum = hashlib.sha256()
+        remaining = self._header.nbytes + 8 * len(self.images)
+        with open(self._path, "rb") as file:
+            file.seek(DATA_OFFSET)
+            while remaining and (data := file.read(min(CHUNK_BYTES, remaining))):
+                checksum.update(data)
+                remaining -= len(data)
+        if checksum.hexdigest() != self._header.checksum:
+            raise StoreError(f"the data of {str(self._path)!r} is damaged: delete the file and pack again")
 
 
 def _open_part(index: Path, whole: StoreHeader, part: Part) -> tuple[Path, StoreHeader]:

@@ -1,6 +1,7 @@
 """Stores of several files under one index."""
 
 import logging
+import mmap
 import multiprocessing
 import os
 import re
@@ -68,6 +69,28 @@ class _Mean(FeatureNetwork):
 
     def forward(self, images):
         return images.float().mean(dim=(2, 3))
+
+
+def test_reading_ahead_changes_nothing_and_names_the_right_bytes(folder, tmp_path, monkeypatch):
+    asked = []
+
+    class Mapping:
+        def madvise(self, advice, start, length):
+            asked.append((start, length))
+
+    for per_file in (4, 13):
+        store = _pack(folder, tmp_path / "many.store", per_file)
+        indices = torch.tensor([12, 0, 4, 3, 4])
+        want = store.batch(indices)[0]
+        monkeypatch.setattr("maskdm_fast.data.store.READ_AHEAD_BYTES", 0)
+        assert torch.equal(store.batch(indices)[0], want)
+        for file in store._files:
+            file._mapping = Mapping()
+        asked.clear()
+        store.batch(indices)
+        starts = sorted(4096 + index % per_file * IMAGE_BYTES for index in indices.tolist())
+        assert sorted(start + length - IMAGE_BYTES for start, length in asked) == starts
+        assert all(start % mmap.PAGESIZE == 0 for start, _ in asked)
 
 
 def test_both_can_be_moved_together(folder, tmp_path):
