@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from maskdm_fast.commands.drawing import DrawOptions, class_names, draw
-from maskdm_fast.data import ImageStore, open_dataset
+from maskdm_fast.data import ImageStore, is_tars, open_dataset
 from maskdm_fast.eval import subset_indices
 from maskdm_fast.train.weights import Weights, load_weights
 
@@ -80,7 +80,11 @@ class Side:
 
     def open(self, shape: tuple[int, int | None], *, cache_dir: str, skip_bad: bool) -> ImageStore:
         """The store of a side without weights; ValueError if it holds latents."""
-        store = open_dataset(self.name, shape[0], channels=shape[1], cache_dir=cache_dir, skip_bad=skip_bad)
+        # Of tar shards a few thousand images are wanted, not all of them decoded.
+        decoding = "on-the-fly" if is_tars(self.name) else "packed"
+        store = open_dataset(
+            self.name, shape[0], channels=shape[1], cache_dir=cache_dir, skip_bad=skip_bad, decoding=decoding
+        )
         if store.latents is not None:
             raise ValueError(f"{self.name} holds latents: evaluate the images that they were made of")
         return store

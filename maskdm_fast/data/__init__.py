@@ -15,7 +15,7 @@ from maskdm_fast.data.sources import (
 )
 from maskdm_fast.data.store import ImageStore
 from maskdm_fast.data.store_file import LatentScaling, StoreError, StoreHeader, write_store
-from maskdm_fast.data.tars import TarSource, tar_source
+from maskdm_fast.data.tars import TarSource, is_tars, tar_source
 
 __all__ = [
     "EMOJI_ATTRIBUTION",
@@ -35,6 +35,7 @@ __all__ = [
     "find_source",
     "folder_source",
     "idx_source",
+    "is_tars",
     "latent_source",
     "open_dataset",
     "pack",

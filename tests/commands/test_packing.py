@@ -1,3 +1,4 @@
+import json
 import re
 import shlex
 from pathlib import Path
@@ -59,6 +60,17 @@ def test_shards_become_a_store_that_trains_like_them(shards, tmp_path, run, caps
     weights = _weights(tmp_path / "store")
     assert weights and weights == _weights(tmp_path / "packed") == _weights(tmp_path / "live")
     assert len(list((tmp_path / "cache" / "maskdm_fast").glob("*.index.npz"))) == 1  # pack and train share the index
+
+
+def test_shards_are_scored_without_packing_them(shards, tmp_path, run, capsys):
+    assert run("pack", shards, "out.store", "--image-size", 8) == 0
+    found = []
+    for data in (shards, "out.store"):
+        assert (
+            run("evaluate", data, "--data", "out.store", "--image-size", 8, "--neighbours", 2, "--out", "e.json") == 0
+        )
+        found.append(json.loads((tmp_path / "e.json").read_text())["sets"][0]["scores"])
+    assert found[0] == found[1] and not list((tmp_path / "cache" / "maskdm_fast").glob("*.store"))
 
 
 def test_a_run_on_shards_goes_on_without_replay(shards, tmp_path, run, monkeypatch):
