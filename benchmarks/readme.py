@@ -143,14 +143,16 @@ def scaling_tables(result: dict[str, Any]) -> str:
             cells += [f"{row['images_per_s']:.1f}", ratio, f"{row['peak_mib']:,.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
     workload, machine = result["workload"], result["machine"]
+    where = f"the {machine['threads']} threads. Memory: the most that one held, Python and its libraries included."
+    if machine["gpus"]:
+        where = f"have a {machine['gpus'][0]} each. Memory: the most that tensors took there."
     lines += [
         "",
         f"A train step of {workload['batch']} images, {workload['mask_ratio']:.0%} masked, on a network of "
-        f"{workload['num_params'] / 1e6:.1f} M parameters, {workload['precision']}. Processes share the batch and the "
-        f"{machine['threads']} threads. Memory: the most that one process held, Python and its libraries included. "
-        f"{_source(result)}.",
+        f"{workload['num_params'] / 1e6:.1f} M parameters, {workload['precision']}. Processes share the batch and "
+        f"{where} {_source(result)}.",
         "",
-        "**Estimates; nothing of this was measured on a GPU.**",
+        "**Estimates for larger networks; nothing of this table was measured.**",
         "",
     ]
     engines = list(result["estimates"][0]["gib"])

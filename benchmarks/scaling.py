@@ -193,13 +193,13 @@ class Team:
     def ask(self, what: str, count: int = 0) -> list[Any]:
         """What every process answers, by rank; RuntimeError if one failed."""
         for connection in self._connections:
-            with contextlib.suppress(BrokenPipeError):  # why it ended is in its last answer
+            with contextlib.suppress(OSError):  # why it ended is in its last answer
                 connection.send((what, count))
         answers = []
         for rank, connection in enumerate(self._connections):
             try:
                 answers.append(connection.recv())
-            except EOFError:
+            except (EOFError, OSError):
                 answers.append(RuntimeError("it ended without a word"))
             if isinstance(answers[-1], Exception):
                 raise RuntimeError(f"{self.engine}, rank {rank} of {self.num_processes}: {answers[-1]}")
@@ -208,7 +208,7 @@ class Team:
     def close(self) -> None:
         """End the processes."""
         for connection, process in zip(self._connections, self._processes, strict=True):
-            with contextlib.suppress(BrokenPipeError):
+            with contextlib.suppress(OSError):
                 connection.send(None)
             process.join(10)
             process.kill()
@@ -341,6 +341,7 @@ def main(arguments: list[str] | None = None) -> None:
     model = CONFIGS[options.size] if options.size else WORKLOAD.model
     workload = dataclasses.replace(WORKLOAD, model=model, batch=options.batch, precision=options.precision)
     result = harness.environment()
+    gpus = result["machine"]["gpus"] = backend.devices()["cuda"]
     result["workload"] = {
         "num_params": num_parameters(workload.config("plain")),
         **dataclasses.asdict(workload),
@@ -348,7 +349,7 @@ def main(arguments: list[str] | None = None) -> None:
     result["rows"] = measure(workload, engines, options.processes, threads=options.threads, repeats=options.repeats)
     result["estimates"] = estimates()
     if options.save:
-        harness.save(result, "scaling")
+        harness.save(result, "scaling-gpu" if gpus else "scaling")
     print(json.dumps(result) if options.json else table(result))
 
 

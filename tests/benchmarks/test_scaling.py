@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from benchmarks import harness, scaling
+from benchmarks import harness, readme, scaling
 from benchmarks.scaling import PEER, Team, Workload
 from maskdm_fast.models import UViTConfig
 from maskdm_fast.train.memory import ENGINES
@@ -14,19 +14,20 @@ TINY = Workload(UViTConfig(image_size=16, patch_size=4, dim=32, depth=3, num_hea
 
 
 def test_json(tmp_path, monkeypatch, capsys):
-    """Losses of plain PyTorch, plain, ddp and ZeRO agree in one process and in two, or nothing would be timed."""
+    """Losses agree in one process and in two, or nothing would be timed. Without DeepSpeed, which takes each process
+    seconds to import: how its engines train is tested elsewhere."""
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
     monkeypatch.setattr(scaling, "WORKLOAD", TINY)
     monkeypatch.setattr(scaling, "_SAMPLE_SECONDS", 0.01)
     before = dict(os.environ)
     arguments = ["--json", "--save", "--repeats", "1", "--threads", "1", "--processes", "1", "2"]
-    scaling.main([*arguments, "--engines", "plain", "ddp", "zero2", PEER])
+    scaling.main([*arguments, "--engines", "plain", "ddp", PEER])
     assert dict(os.environ) == before
     result = json.loads(capsys.readouterr().out)
     assert {"machine", "versions", "commit", "command", "workload", "rows", "estimates"} <= set(result)
     assert [(row["engine"], row["processes"]) for row in result["rows"]] == [
-        *(("plain", 1), ("zero2", 1), (PEER, 1)),
-        *(("ddp", 2), ("zero2", 2), (PEER, 2)),
+        *(("plain", 1), (PEER, 1)),
+        *(("ddp", 2), (PEER, 2)),
     ]
     for row in result["rows"]:
         assert list(row) == ["engine", "processes", "images_per_s", "peak_mib"]
@@ -34,6 +35,9 @@ def test_json(tmp_path, monkeypatch, capsys):
     (saved,) = tmp_path.glob("scaling-*.json")
     assert json.loads(saved.read_text()) == result
     assert f"{PEER:<15}{1:>10}" in scaling.table(result)
+    peer, ddp = result["rows"][3], result["rows"][2]
+    ratio = f"{ddp['images_per_s'] / peer['images_per_s']:.2f} x"
+    assert f"| `ddp` |  |  |  | {ddp['images_per_s']:.1f} | {ratio} |" in readme.scaling_tables(result)
 
 
 def test_a_process_that_fails_is_named():
