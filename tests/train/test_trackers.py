@@ -56,8 +56,9 @@ def wandb(monkeypatch):
 def test_tensorboard_mirrors_the_metrics(make_config, tmp_path):
     train(make_config(trackers=("tensorboard",), preview_images=2), tmp_path)
     found, records = events(tmp_path), logs(tmp_path)
-    timing = {"seconds", "images_per_s", "model_tflops"}
-    assert set(found.Tags()["scalars"]) == {"loss", "mask_ratio", "grad_norm", "lr"} | timing
+    machine = {"seconds", "images_per_s", "tokens_per_s", "model_tflops", "peak_mib"}
+    split = {"data_ms", "forward_ms", "backward_ms", "optimizer_ms"}
+    assert set(found.Tags()["scalars"]) == {"loss", "mask_ratio", "grad_norm", "lr"} | machine | split
     for name in ("loss", "grad_norm", "lr"):
         points = [(event.step, event.value) for event in found.Scalars(name)]
         assert points == [(record["images"], pytest.approx(record[name])) for record in records]
