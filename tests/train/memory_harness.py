@@ -5,6 +5,7 @@ is held between steps; ``passes`` and ``update``, the most that forward and back
 besides; and the same as `memory_per_rank` has it.
 """
 
+import functools
 import gc
 import json
 import sys
@@ -52,14 +53,16 @@ def peak(work: Callable[[], object]) -> int:
 
 
 def measure(name: str, precision: str, world: World) -> dict[str, float]:
-    model = UViT(MODEL)
+    with torch.device("meta"):
+        model, shapes = UViT(MODEL), UViT(MODEL)
     num_values = sum(parameter.numel() for parameter in model.parameters())
     # A small network stands for one that is larger than a bucket.
     sizes = memory.ZeroSizes(num_values // 8 // 2 * 2, num_values // 8)
     memory.zero_sizes = zero_engine.zero_sizes = lambda _: sizes
-    base = held() - 4 * num_values
+    base = held()
     optimizer = OptimizerSettings((0.9, 0.99), 0.0, None, 0.999)
-    engine = make_engine(name, model, optimizer, EngineSettings(precision, NUM_MICRO), world)
+    values = functools.partial(shapes.initial_value, seed=0)
+    engine = make_engine(name, model, optimizer, EngineSettings(precision, NUM_MICRO), world, values)
     tokens = torch.zeros(1, 1, MODEL.token_dim, dtype=DTYPES[precision])
     place, time = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
 
