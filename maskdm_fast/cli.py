@@ -1,7 +1,7 @@
 """The command line: ``maskdm-fast {demo,pack,train,sample,evaluate,bench,info}``.
 
 Exit codes: 0 done (also after SIGTERM or Ctrl-C, which save first); 1 training diverged; 2 the command cannot work
-as given; 130 stopped by a second Ctrl-C.
+as given; 75 a step of training hung and the watchdog ended the process; 130 stopped by a second Ctrl-C.
 """
 
 import dataclasses
