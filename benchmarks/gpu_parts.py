@@ -146,7 +146,7 @@ def op_times(device: str) -> Iterator[Row]:
     """
     for op, build in peers.BUILDERS.items():
         for case in peers.benchmark_cases(op):
-            for dtype in (torch.bfloat16, torch.float32) if op != "adamw_ema" else (torch.float32,):
+            for dtype in (torch.float32,) if op in ("adamw_ema", "lamb_ema") else (torch.bfloat16, torch.float32):
                 labels = {"op": op, "case": case.name, "dtype": _name(dtype)}
                 place = Place(device, dtype)
                 found = list(_tasks(partial(build, larger(op, case) if device == "cuda" else case, place), labels))

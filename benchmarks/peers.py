@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.tasks import HERE, Function, Outputs, Place, Task, compile_static, with_gradients
-from maskdm_fast import ops, optim
-from maskdm_fast.ops import backend
+from benchmarks.optimizer_peers import adamw_ema, lamb_ema
+from benchmarks.tasks import HERE, Outputs, Place, Task, compile_static, with_gradients
+from maskdm_fast import ops
 from maskdm_fast.ops.work import FLOAT, Work
 
 
@@ -177,115 +177,6 @@ def gather_tokens(case: Any, place: Place = HERE) -> Iterator[Task]:
     )
 
 
-_LR, _BETAS, _EPS, _DECAY, _EMA_DECAY, _MAX_NORM = 1e-3, (0.9, 0.999), 1e-8, 0.03, 0.999, 1.0
-
-
-def _compilable_update(
-    param: Tensor, grad: Tensor, m: Tensor, v: Tensor, ema: Tensor, scale: Tensor, step_size: Tensor, bias2: Tensor,
-    ema_rate: Tensor,
-) -> None:  # fmt: skip
-    g = grad * scale
-    first = m.lerp(g, 1 - _BETAS[0])
-    second = v * _BETAS[1] + (1 - _BETAS[1]) * g * g
-    new = param * (1 - _LR * _DECAY) - step_size * first / (second.sqrt() / bias2 + _EPS)
-    m.copy_(first)
-    v.copy_(second)
-    ema.copy_(ema.lerp(new, ema_rate))
-    param.copy_(new)
-
-
-def adamw_ema(case: Any, place: Place = HERE) -> Iterator[Task]:
-    generator = torch.Generator().manual_seed(0)
-    start = [torch.randn(shape, generator=generator).to(place.device) for shape in case.shapes]
-    grads = [torch.randn(shape, generator=generator).to(place.device) for shape in case.shapes]
-
-    def parameters() -> list[torch.nn.Parameter]:
-        params = [torch.nn.Parameter(value.clone()) for value in start]
-        for param, grad in zip(params, grads, strict=True):
-            param.grad = grad.clone()
-        return params
-
-    def ours(kind: type[optim.AdamWEMA] = optim.AdamWEMA) -> Function:
-        params = parameters()
-        optimizer = kind(params, _LR, _BETAS, _EPS, _DECAY, _EMA_DECAY, max_grad_norm=_MAX_NORM)
-
-        def step() -> Outputs:
-            optimizer.step()
-            return (*params, *optimizer.ema_parameters())
-
-        return step
-
-    def fused() -> Function:
-        params = parameters()
-        optimizer = torch.optim.AdamW(params, _LR, _BETAS, _EPS, _DECAY, fused=True)
-        emas = [param.detach().clone() for param in params]
-        count = 0
-
-        @torch.no_grad()
-        def step() -> Outputs:
-            nonlocal count
-            count += 1
-            torch.nn.utils.clip_grad_norm_(params, _MAX_NORM, foreach=True)
-            optimizer.step()
-            torch._foreach_lerp_(emas, params, 1.0 - optim.adamw_ema.ema_decay_at(count, _EMA_DECAY))
-            return (*params, *emas)
-
-        return step
-
-    def one_kernel(name: str) -> Function:
-        """All passes but the norm's in one kernel, compiled once for every length and called per tensor."""
-        update = torch.compile(_compilable_update, fullgraph=True, dynamic=True)
-        params = parameters()
-        emas = [value.clone() for value in start]
-        flat = [
-            [
-                tensor.detach().view(-1)
-                for tensor in (param, param.grad, torch.zeros_like(ema), torch.zeros_like(ema), ema)
-            ]
-            for param, ema in zip(params, emas, strict=True)
-        ]
-        count = 0
-
-        @torch.no_grad()
-        def step() -> Outputs:
-            nonlocal count
-            count += 1
-            norm = torch.nn.utils.get_total_norm([param.grad for param in params], foreach=True)
-            scale = (_MAX_NORM / (norm + 1e-6)).clamp(max=1.0)
-            rate = 1.0 - optim.adamw_ema.ema_decay_at(count, _EMA_DECAY)
-            scalars = [_LR / (1 - _BETAS[0] ** count), (1 - _BETAS[1] ** count) ** 0.5, rate]
-            for tensors in flat:
-                update(*tensors, scale, *(torch.tensor(value) for value in scalars))
-            return (*params, *emas)
-
-        return step
-
-    cost, count = _cost("adamw_ema"), sum(value.numel() for value in start)
-    # Every function owns its state, so the k-th call of one is compared with the k-th call of another.
-    first: dict[Function, Outputs] = {}
-
-    def check(function: Function) -> Outputs:
-        if function not in first:
-            first[function] = tuple(value.detach().clone() for value in function())
-        return first[function]
-
-    others = {"AdamW(fused) + clip + lerp": fused()}
-    if place.device == "cuda" and backend.why_no_apex("optimizers") is None:
-        others["apex FusedAdam + clip + lerp"] = ours(optim.ApexAdamEMA)
-    yield Task(
-        "adamw_ema",
-        case.name,
-        cost.global_norm(count, FLOAT) + cost.step_(count, FLOAT),
-        ours(),
-        others,
-        run=lambda function: function(),
-        check=check,
-        compiled=one_kernel,
-        to_compile=("one kernel per tensor",),
-        fresh=ours,
-    )
-
-
 BUILDERS: dict[str, Callable[..., Iterator[Task]]] = {
     "noise_visible_patches": noise_visible_patches,
     "gather_tokens": gather_tokens,
@@ -294,6 +185,7 @@ BUILDERS: dict[str, Callable[..., Iterator[Task]]] = {
     "linear": linear,
     "masked_dsm_loss": masked_dsm_loss,
     "adamw_ema": adamw_ema,
+    "lamb_ema": lamb_ema,
 }
 
 # Cases without an element: what is left is the cost of a call.
@@ -305,6 +197,7 @@ _EMPTY: dict[str, dict[str, Any]] = {
     "linear": {"rows": (0,)},
     "masked_dsm_loss": {"lengths": ()},
     "adamw_ema": {"shapes": ((0,),)},
+    "lamb_ema": {"shapes": ((0,),)},
 }
 
 

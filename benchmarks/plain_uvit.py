@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from maskdm_fast.diffusion import NoiseSchedule
 from maskdm_fast.models import UViT
 from maskdm_fast.models.layers import timestep_embedding
-from maskdm_fast.optim.adamw_ema import ema_decay_at
+from maskdm_fast.optim import ema_decay_at
 from maskdm_fast.train.config import DenoisingConfig
 
 

@@ -122,6 +122,7 @@ def _measured(op: str) -> list[Any]:
         "noise_visible_patches": {"num_images": _NUM_IMAGES},
         "gather_tokens": {"num_images": _NUM_IMAGES, "num_tokens": 256, "num_visible": 26},
         "adamw_ema": {"shapes": ((64, 64), (64,))},
+        "lamb_ema": {"shapes": ((64, 64), (64,))},
     }
     if op in smaller:
         return [dataclasses.replace(case, **smaller[op]) for case in cases]
@@ -140,6 +141,7 @@ _VARIATIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "gather_tokens": ({"packed": True},),
     "masked_dsm_loss": ({"packed": True}, {"kind": "l1"}, {"kind": "huber"}, {"reduction": "none"}),
     "adamw_ema": ({"copy": "bfloat16"}, {"clipped": False}, {"in_memory": True, "found_inf": 0.0}),
+    "lamb_ema": ({"copy": "bfloat16"}, {"clipped": False}, {"in_memory": True, "found_inf": 0.0}),
 }
 
 

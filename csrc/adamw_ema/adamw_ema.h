@@ -13,21 +13,10 @@
 // sum_of_squares is the part of the gradients' norm: 1 read per value.
 #pragma once
 
-#include "common/dtype.h"
+#include "common/adam.h"
 #include "common/isa.h"
 
 namespace maskdm {
-
-struct AdamTensor {
-  DType dtype;       // of param and grad; m, v and ema have its accumulation type
-  DType copy_dtype;  // f16 or bf16, where copy is not null
-  char *param, *m, *v, *ema, *copy;
-  const char* grad;
-};
-
-struct AdamHyper {
-  double lr, beta1, beta2, eps, weight_decay, ema_decay, step_size, bias2_sqrt, grad_scale;
-};
 
 struct AdamwEmaKernels {
   void (*run)(const AdamTensor&, const AdamHyper&, int64_t begin, int64_t end);
@@ -36,21 +25,8 @@ struct AdamwEmaKernels {
 
 MASKDM_DECLARE_KERNELS(AdamwEmaKernels, adamw_ema_kernels)
 
-// On a GPU pointers are to its memory. Where lr_tensor, step_tensor or ema_decay_tensor is given, the number that it
-// points to counts instead of the one above.
-struct AdamCudaHyper {
-  double lr, beta1, beta2, eps, weight_decay, ema_decay;
-  int64_t step;
-  const float* grad_scale;  // or null: 1
-  const float* lr_tensor;
-  const int64_t* step_tensor;
-  const double* ema_decay_tensor;
-  const float* found_inf;  // or null: 0
-};
-
-// No f64; counts[i] is the number of parameters of tensors[i].
-void adamw_ema_cuda(const AdamTensor* tensors, const int64_t* counts, int64_t num_tensors, const AdamCudaHyper&,
-                    void* stream);
+// No f64.
+void adamw_ema_cuda(const AdamTensor* tensors, int64_t num_tensors, const AdamCudaHyper&, void* stream);
 
 struct NormTensor {
   const char* values;

@@ -1,34 +1,17 @@
-#include "adamw_ema/adamw_ema_bind.h"
-
 #include <cmath>
 #include <utility>
 #include <vector>
 
+#include "adamw_ema/adamw_ema.h"
 #include "adamw_ema/schema.h"
+#include "common/adam_bind.h"
 
 namespace maskdm {
 namespace {
 
 constexpr const char* kOp = "adamw_ema";
-constexpr int64_t kChunk = 1 << 15;  // parameters per unit of work: large tensors are shared between threads
 
 using torch::headeronly::ScalarType;
-
-// A part of one tensor of a list.
-struct Chunk {
-  size_t tensor;
-  int64_t begin, end;
-};
-
-std::vector<Chunk> chunks_of(const Tensors& tensors) {
-  std::vector<Chunk> chunks;
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    const int64_t count = tensors[i].numel();
-    for (int64_t begin = 0; begin < count; begin += kChunk)
-      chunks.push_back({i, begin, std::min(begin + kChunk, count)});
-  }
-  return chunks;
-}
 
 // The L2 norm of all values of contiguous tensors, [] in float64 if one of them is, else in float32
 Tensor global_norm(Tensors tensors) {
@@ -41,7 +24,7 @@ Tensor global_norm(Tensors tensors) {
     in_double = in_double || values.back().first == DType::f64;
   }
   std::vector<double> sums(chunks.size());
-  parallel(static_cast<int64_t>(chunks.size()), kChunk * 0.1, [&](int64_t begin, int64_t end) {
+  parallel(static_cast<int64_t>(chunks.size()), kAdamChunk * 0.1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const auto [dtype, data] = values[chunks[i].tensor];
       sums[i] = kernels.sum_of_squares(dtype, data, chunks[i].begin, chunks[i].end);
@@ -63,23 +46,15 @@ void adamw_ema_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg
                 double weight_decay, int64_t step, double ema_decay, std::optional<Tensor> lr_tensor,
                 std::optional<Tensor> step_tensor, std::optional<Tensor> ema_decay_tensor,
                 std::optional<Tensor> found_inf) {
-  check_lists(kOp, params, grads, exp_avgs, exp_avg_sqs, emas, copies);
-  if (found_inf.has_value() && *data_of<float>(found_inf) != 0) return;
-  if (lr_tensor.has_value()) lr = *data_of<float>(lr_tensor);
-  if (step_tensor.has_value()) step = *data_of<int64_t>(step_tensor);
-  if (ema_decay_tensor.has_value()) ema_decay = *data_of<double>(ema_decay_tensor);
-  AdamHyper hyper{lr, beta1, beta2, eps, weight_decay, ema_decay, 0, 0, 1};
-  hyper.step_size = lr / (1 - std::pow(beta1, static_cast<double>(step)));
-  hyper.bias2_sqrt = std::sqrt(1 - std::pow(beta2, static_cast<double>(step)));
-  if (grad_scale.has_value()) hyper.grad_scale = *data_of<float>(grad_scale);
-
-  std::vector<AdamTensor> tensors(params.size());
-  for (size_t i = 0; i < params.size(); ++i) {
-    tensors[i] = adam_tensor_of(kOp, params, grads, exp_avgs, exp_avg_sqs, emas, copies, i);
-  }
+  const auto tensors = adam_tensors_of(kOp, params, grads, exp_avgs, exp_avg_sqs, emas, copies);
+  const AdamArguments arguments{grad_scale,       lr,       beta1,     beta2,     eps,
+                                weight_decay,     step,     ema_decay, lr_tensor, step_tensor,
+                                ema_decay_tensor, found_inf};
+  if (arguments.skipped()) return;
+  const AdamHyper hyper = arguments.hyper();
   const auto chunks = chunks_of(params);
   const auto& kernels = MASKDM_KERNELS(adamw_ema_kernels);
-  parallel(static_cast<int64_t>(chunks.size()), kChunk, [&](int64_t begin, int64_t end) {
+  parallel(static_cast<int64_t>(chunks.size()), kAdamChunk, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) kernels.run(tensors[chunks[i].tensor], hyper, chunks[i].begin, chunks[i].end);
   });
 }

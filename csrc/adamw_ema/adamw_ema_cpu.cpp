@@ -8,12 +8,6 @@ namespace {
 // A block of the low-precision copy is converted while the parameters it comes from are in the first cache.
 constexpr int64_t kBlock = 1024;
 
-template <class T, class Copy>
-void copy_block(const T* param, char* copy, int64_t begin, int64_t end) {
-  Copy* out = reinterpret_cast<Copy*>(copy);
-  for (int64_t i = begin; i < end; ++i) from_acc(static_cast<float>(to_acc(param[i])), out[i]);
-}
-
 template <class T>
 void run_typed(const AdamTensor& t, const AdamHyper& h, int64_t begin, int64_t end) {
   using A = accumulate_t<T>;
@@ -22,30 +16,23 @@ void run_typed(const AdamTensor& t, const AdamHyper& h, int64_t begin, int64_t e
   A* __restrict m = reinterpret_cast<A*>(t.m);
   A* __restrict v = reinterpret_cast<A*>(t.v);
   A* __restrict ema = reinterpret_cast<A*>(t.ema);
-  const A keep = A(1 - h.lr * h.weight_decay), step_size = A(h.step_size), inverse_bias2 = A(1 / h.bias2_sqrt);
-  const A beta1 = A(h.beta1), one_minus_beta1 = A(1 - h.beta1), beta2 = A(h.beta2), one_minus_beta2 = A(1 - h.beta2);
-  const A eps = A(h.eps), ema_rate = A(1 - h.ema_decay), grad_scale = A(h.grad_scale);
+  const AdamNumbers<A> n(h);
+  const A keep = A(1 - h.lr * h.weight_decay), step_size = A(h.lr / h.bias1);
   for (int64_t start = begin; start < end; start += kBlock) {
     const int64_t stop = start + kBlock < end ? start + kBlock : end;
 #pragma omp simd
     for (int64_t i = start; i < stop; ++i) {
-      const A g = static_cast<A>(to_acc(grad[i])) * grad_scale;
-      const A first = beta1 * m[i] + one_minus_beta1 * g;
-      const A second = beta2 * v[i] + one_minus_beta2 * (g * g);
+      const A g = static_cast<A>(to_acc(grad[i])) * n.grad_scale;
+      const A first = n.beta1 * m[i] + n.one_minus_beta1 * g;
+      const A second = n.beta2 * v[i] + n.one_minus_beta2 * (g * g);
       const A p =
-          static_cast<A>(to_acc(param[i])) * keep - step_size * (first / (std::sqrt(second) * inverse_bias2 + eps));
+          static_cast<A>(to_acc(param[i])) * keep - step_size * (first / (std::sqrt(second) * n.inverse_bias2 + n.eps));
       m[i] = first;
       v[i] = second;
-      ema[i] += ema_rate * (p - ema[i]);
+      ema[i] += n.ema_rate * (p - ema[i]);
       from_acc(p, param[i]);
     }
-    if (t.copy != nullptr) {
-      if (t.copy_dtype == DType::bf16) {
-        copy_block<T, bfloat16>(param, t.copy, start, stop);
-      } else {
-        copy_block<T, half>(param, t.copy, start, stop);
-      }
-    }
+    write_copy(t, param, start, stop);
   }
 }
 

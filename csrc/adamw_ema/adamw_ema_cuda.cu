@@ -14,9 +14,8 @@
 // divisions and roots take a fifth of the instruction slots at the speed of memory.
 //
 // Must hold: all tensors are contiguous and of the types of adamw_ema.h; a launch has fewer than 2^31 chunks.
-#include <cmath>
-
 #include "adamw_ema/adamw_ema.h"
+#include "common/adam_cuda.h"
 #include "common/block_sum.h"
 #include "common/cuda.h"
 
@@ -27,7 +26,6 @@ using MASKDM_ISA::from_acc;
 using MASKDM_ISA::to_acc;
 
 constexpr int kThreads = 256;
-constexpr int64_t kMaxArguments = 4096;
 constexpr int64_t kChunk = 8192;
 constexpr int kTensors = 56;
 constexpr int64_t kNormChunk = 16384;
@@ -35,43 +33,8 @@ constexpr int kNormTensors = 140;
 constexpr int kNormPacks = 4;  // read before the first is added up
 constexpr int kSumThreads = 1024;
 
-// Tensors of one launch; those without elements are left out.
-template <class Item, int kCapacity>
-struct Batch {
-  Item items[kCapacity];
-  uint32_t first_chunk[kCapacity + 1];
-  uint32_t size;
-
-  // The tensor of chunk `chunk`: the last one that begins there or before.
-  __device__ uint32_t find(uint32_t chunk) const {
-    uint32_t low = 0, high = size - 1;
-    while (low < high) {
-      const uint32_t middle = (low + high + 1) / 2;
-      if (first_chunk[middle] <= chunk) {
-        low = middle;
-      } else {
-        high = middle - 1;
-      }
-    }
-    return low;
-  }
-};
-
-struct AdamItem {
-  AdamTensor tensor;
-  int64_t count;
-};
-
-struct AdamScalars {
-  float beta1, rate1, beta2, rate2, eps, weight_decay, lr, ema_rate, bias1, inverse_bias2, log_beta1, log_beta2;
-  const float *grad_scale, *lr_tensor;
-  const int64_t* step_tensor;
-  const double* ema_decay_tensor;
-  const float* found_inf;
-};
-
 struct AdamLaunch {
-  Batch<AdamItem, kTensors> batch;
+  Batch<AdamTensor, kTensors> batch;
   AdamScalars scalars;
 };
 static_assert(sizeof(AdamLaunch) <= kMaxArguments);
@@ -83,42 +46,19 @@ struct NormLaunch {
 static_assert(sizeof(NormLaunch) <= kMaxArguments);
 
 struct Update {
-  float beta1, rate1, beta2, rate2, eps, keep, step_size, inverse_bias2, ema_rate, grad_scale;
+  AdamStep step;
+  float keep, step_size;
 
-  __device__ explicit Update(const AdamScalars& s)
-      : beta1(s.beta1), rate1(s.rate1), beta2(s.beta2), rate2(s.rate2), eps(s.eps) {
-    const float lr = s.lr_tensor != nullptr ? *s.lr_tensor : s.lr;
-    float bias1 = s.bias1;
-    inverse_bias2 = s.inverse_bias2;
-    if (s.step_tensor != nullptr) {
-      // 1 - beta^step, without the digits that the difference loses for a beta near 1
-      const float step = static_cast<float>(*s.step_tensor);
-      bias1 = -expm1f(step * s.log_beta1);
-      inverse_bias2 = 1.0f / sqrtf(-expm1f(step * s.log_beta2));
-    }
-    ema_rate = s.ema_decay_tensor != nullptr ? static_cast<float>(1.0 - *s.ema_decay_tensor) : s.ema_rate;
-    keep = 1.0f - lr * s.weight_decay;
-    step_size = lr / bias1;
-    grad_scale = s.grad_scale != nullptr ? *s.grad_scale : 1.0f;
-  }
+  __device__ explicit Update(const AdamScalars& scalars)
+      : step(scalars), keep(1.0f - step.lr * step.weight_decay), step_size(step.lr / step.bias1) {}
 
   __device__ float operator()(float param, float grad, float& m, float& v, float& ema) const {
-    const float g = grad * grad_scale;
-    m = beta1 * m + rate1 * g;
-    v = beta2 * v + rate2 * (g * g);
-    const float p = param * keep - step_size * (m / (sqrtf(v) * inverse_bias2 + eps));
-    ema += ema_rate * (p - ema);
+    step.update_moments(grad, m, v);
+    const float p = param * keep - step_size * (m / (sqrtf(v) * step.inverse_bias2 + step.eps));
+    ema += step.ema_rate * (p - ema);
     return p;
   }
 };
-
-template <class Copy, class T, int N>
-__device__ void store_copy(char* copy, int64_t i, const Pack<T, N>& param) {
-  Pack<Copy, N> out;
-#pragma unroll
-  for (int j = 0; j < N; ++j) from_acc(to_acc(param.values[j]), out.values[j]);
-  store_pack(reinterpret_cast<Copy*>(copy) + i, out);
-}
 
 template <class T, int N>
 __device__ void update_range(const AdamTensor& t, const Update& update, int64_t begin, int64_t end) {
@@ -140,41 +80,27 @@ __device__ void update_range(const AdamTensor& t, const Update& update, int64_t 
     store_pack(m_at + i, m);
     store_pack(v_at + i, v);
     store_pack(ema_at + i, ema);
-    if (t.copy != nullptr) {
-      if (t.copy_dtype == DType::bf16) {
-        store_copy<bfloat16>(t.copy, i, param);
-      } else {
-        store_copy<half>(t.copy, i, param);
-      }
-    }
+    store_copy(t, i, param);
   }
 }
 
 template <class T>
 __device__ void update_chunk(const AdamTensor& t, const Update& update, int64_t begin, int64_t end) {
   constexpr int N = 4;
-  const auto of_params = reinterpret_cast<uintptr_t>(t.param) | reinterpret_cast<uintptr_t>(t.grad);
-  const auto of_state =
-      reinterpret_cast<uintptr_t>(t.m) | reinterpret_cast<uintptr_t>(t.v) | reinterpret_cast<uintptr_t>(t.ema);
-  const bool aligned = of_params % (N * sizeof(T)) == 0 && of_state % (N * sizeof(float)) == 0 &&
-                       reinterpret_cast<uintptr_t>(t.copy) % (N * sizeof(half)) == 0;
-  const int64_t last = aligned ? end / N * N : begin;
+  const int64_t last = is_aligned_for<T, N>(t) ? end / N * N : begin;
   update_range<T, N>(t, update, begin, last);
   update_range<T, 1>(t, update, last, end);
 }
 
 // One block: one chunk of one tensor.
 __global__ void __launch_bounds__(kThreads) adamw_ema_kernel(AdamLaunch launch) {
-  if (launch.scalars.found_inf != nullptr && *launch.scalars.found_inf != 0) return;
-  const uint32_t index = launch.batch.find(blockIdx.x);
-  const AdamItem item = launch.batch.items[index];
+  if (launch.scalars.skipped()) return;
+  const auto [tensor, begin, end, index] = launch.batch.part(blockIdx.x, kChunk);
   const Update update(launch.scalars);
-  const int64_t begin = (blockIdx.x - launch.batch.first_chunk[index]) * kChunk;
-  const int64_t end = begin + kChunk < item.count ? begin + kChunk : item.count;
-  switch (item.tensor.dtype) {
-    case DType::f32: return update_chunk<float>(item.tensor, update, begin, end);
-    case DType::f16: return update_chunk<half>(item.tensor, update, begin, end);
-    default: return update_chunk<bfloat16>(item.tensor, update, begin, end);
+  switch (tensor.dtype) {
+    case DType::f32: return update_chunk<float>(tensor, update, begin, end);
+    case DType::f16: return update_chunk<half>(tensor, update, begin, end);
+    default: return update_chunk<bfloat16>(tensor, update, begin, end);
   }
 }
 
@@ -210,10 +136,7 @@ __device__ double sum_of_chunk(const char* bytes, int64_t begin, int64_t end) {
 
 // One block: partial[block] = the sum of squares of one chunk of one tensor.
 __global__ void __launch_bounds__(kThreads) sum_of_squares_kernel(NormLaunch launch) {
-  const uint32_t index = launch.batch.find(blockIdx.x);
-  const NormTensor item = launch.batch.items[index];
-  const int64_t begin = (blockIdx.x - launch.batch.first_chunk[index]) * kNormChunk;
-  const int64_t end = begin + kNormChunk < item.count ? begin + kNormChunk : item.count;
+  const auto [item, begin, end, index] = launch.batch.part(blockIdx.x, kNormChunk);
   double sum = 0;
   switch (item.dtype) {
     case DType::f32: sum = sum_of_chunk<float>(item.values, begin, end); break;
@@ -234,49 +157,13 @@ __global__ void __launch_bounds__(kSumThreads) norm_kernel(const double* partial
   if (threadIdx.x == 0) *norm = static_cast<Norm>(sqrt(sum));
 }
 
-// Calls start(batch, chunks) for the tensors 0 to num_tensors - 1, as many at a time as a batch holds.
-template <class Item, int kCapacity, class ItemOf, class Start>
-void for_each_batch(int64_t num_tensors, int64_t chunk, const ItemOf& item_of, const Start& start) {
-  Batch<Item, kCapacity> batch{};
-  const auto flush = [&] {
-    if (batch.size > 0) start(batch, batch.first_chunk[batch.size]);
-    batch.size = 0;
-  };
-  for (int64_t i = 0; i < num_tensors; ++i) {
-    const Item item = item_of(i);
-    if (item.count == 0) continue;
-    if (batch.size == kCapacity) flush();
-    batch.items[batch.size] = item;
-    batch.first_chunk[batch.size + 1] =
-        batch.first_chunk[batch.size] + static_cast<uint32_t>(divide_up(item.count, chunk));
-    ++batch.size;
-  }
-  flush();
-}
-
-AdamScalars scalars_of(const AdamCudaHyper& h) {
-  const auto step = static_cast<double>(h.step);
-  AdamScalars s{};
-  s.beta1 = static_cast<float>(h.beta1), s.rate1 = static_cast<float>(1 - h.beta1);
-  s.beta2 = static_cast<float>(h.beta2), s.rate2 = static_cast<float>(1 - h.beta2);
-  s.eps = static_cast<float>(h.eps), s.weight_decay = static_cast<float>(h.weight_decay);
-  s.lr = static_cast<float>(h.lr), s.ema_rate = static_cast<float>(1 - h.ema_decay);
-  s.bias1 = static_cast<float>(1 - std::pow(h.beta1, step));
-  s.inverse_bias2 = static_cast<float>(1 / std::sqrt(1 - std::pow(h.beta2, step)));
-  s.log_beta1 = static_cast<float>(std::log(h.beta1)), s.log_beta2 = static_cast<float>(std::log(h.beta2));
-  s.grad_scale = h.grad_scale, s.lr_tensor = h.lr_tensor;
-  s.step_tensor = h.step_tensor, s.ema_decay_tensor = h.ema_decay_tensor, s.found_inf = h.found_inf;
-  return s;
-}
-
 }  // namespace
 
-void adamw_ema_cuda(const AdamTensor* tensors, const int64_t* counts, int64_t num_tensors, const AdamCudaHyper& hyper,
-                    void* stream) {
-  const AdamScalars scalars = scalars_of(hyper);
-  for_each_batch<AdamItem, kTensors>(
-      num_tensors, kChunk, [&](int64_t i) { return AdamItem{tensors[i], counts[i]}; },
-      [&](const Batch<AdamItem, kTensors>& batch, uint32_t chunks) {
+void adamw_ema_cuda(const AdamTensor* tensors, int64_t num_tensors, const AdamCudaHyper& hyper, void* stream) {
+  const AdamScalars scalars = adam_scalars_of(hyper);
+  for_each_batch<AdamTensor, kTensors>(
+      num_tensors, kChunk, [&](int64_t i) { return tensors[i]; },
+      [&](const Batch<AdamTensor, kTensors>& batch, uint32_t chunks) {
         launch(adamw_ema_kernel, Dim3{chunks}, Dim3{kThreads}, 0, stream, AdamLaunch{batch, scalars});
       });
 }

@@ -3,6 +3,7 @@
 #include "common/bind_cuda.h"
 #include "emulation/scheduler.h"
 #include "gather_tokens/schema.h"
+#include "lamb_ema/schema.h"
 #include "masked_attention/schema.h"
 #include "masked_dsm_loss/schema.h"
 #include "noise_visible_patches/schema.h"
@@ -21,6 +22,7 @@ void set_order(int64_t order, int64_t seed) {
 STABLE_TORCH_LIBRARY_FRAGMENT(maskdm_fast_emulated, m) {
   m.def(maskdm::kAdamwEmaSchema);
   m.def(maskdm::kGlobalNormSchema);
+  m.def(maskdm::kLambEmaSchema);
   m.def(maskdm::kGatherTokensFwdSchema);
   m.def(maskdm::kScatterTokensFwdSchema);
   m.def(maskdm::kScatterTokensBwdSchema);

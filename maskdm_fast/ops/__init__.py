@@ -11,6 +11,8 @@ from maskdm_fast.ops.gather_tokens.op import IMPL as _GATHER_TOKENS
 from maskdm_fast.ops.gather_tokens.op import gather_tokens, scatter_tokens
 from maskdm_fast.ops.gelu.op import IMPL as _GELU
 from maskdm_fast.ops.gelu.op import gelu
+from maskdm_fast.ops.lamb_ema.op import IMPL as _LAMB_EMA
+from maskdm_fast.ops.lamb_ema.op import lamb_ema
 from maskdm_fast.ops.linear.op import IMPL as _LINEAR
 from maskdm_fast.ops.linear.op import linear
 from maskdm_fast.ops.masked_attention.op import BACKENDS as _MASKED_ATTENTION
@@ -29,12 +31,14 @@ IMPLEMENTATIONS = {
     "masked_attention": _MASKED_ATTENTION,
     "masked_dsm_loss": _MASKED_DSM_LOSS,
     "adamw_ema": _ADAMW_EMA,
+    "lamb_ema": _LAMB_EMA,
 }
 
 __all__ = [
     "adamw_ema",
     "gather_tokens",
     "gelu",
+    "lamb_ema",
     "linear",
     "masked_attention",
     "masked_dsm_loss",

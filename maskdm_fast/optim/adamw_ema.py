@@ -1,30 +1,15 @@
-"""AdamW whose state holds the EMA of the weights: whatever shards, offloads or saves the state takes the EMA along."""
+"""AdamW with the EMA of the weights."""
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
+from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from maskdm_fast.ops import backend
-from maskdm_fast.ops.adamw_ema.op import adamw_ema, global_norm
-from maskdm_fast.ops.checks import accumulate_dtype
+from maskdm_fast.ops.adamw_ema.op import adamw_ema
+from maskdm_fast.optim.ema_optimizer import EMAOptimizer
 
 
-def ema_decay_at(step: int | Tensor, ema_decay: float) -> float | Tensor:
-    """EMA decay of step k, counted from 1: ``min(ema_decay, 1 - (1 + k) ** (-2/3))``; a float64 tensor for a tensor.
-
-    The warm-up forgets the initial weights: early averages span a share of the run so far instead of
-    ``1 / (1 - ema_decay)`` steps. Source: the inverse-power rule of ema_pytorch, which the official MaskDM code uses.
-    """
-    if isinstance(step, Tensor):
-        return (1.0 - (1.0 + step.double()) ** (-2.0 / 3.0)).clamp(max=ema_decay)
-    return min(ema_decay, 1.0 - (1.0 + step) ** (-2.0 / 3.0))
-
-
-class AdamWEMA(torch.optim.Optimizer):
+class AdamWEMA(EMAOptimizer):
     """Global-norm clipping, AdamW and an exponential moving average of the weights, one pass over memory per step.
 
     The state of a parameter is ``step`` (int), ``exp_avg``, ``exp_avg_sq`` and ``ema``, the last three in float32
@@ -36,7 +21,7 @@ class AdamWEMA(torch.optim.Optimizer):
     load a state, before the capture. Either kind of optimizer loads the state of the other.
 
     Args:
-        params: contiguous parameters, or groups of them; every group may override the values below but the last two.
+        params: contiguous parameters, or groups of them; every group may override the values below but the last three.
         lr: learning rate, >= 0; or a float32 scalar tensor.
         betas: decay rates of the moments, in [0, 1).
         eps: added to the root of the second moment, >= 0.
@@ -68,180 +53,9 @@ class AdamWEMA(torch.optim.Optimizer):
         capturable: bool = False,
         compute_grad_norm: bool = True,
     ) -> None:
-        if (not isinstance(lr, Tensor) and lr < 0) or eps < 0 or weight_decay < 0:
-            raise ValueError(f"AdamWEMA: lr {lr}, eps {eps} and weight_decay {weight_decay} must not be negative")
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"AdamWEMA: betas are {betas}, want each in [0, 1)")
-        if not 0 <= ema_decay <= 1:
-            raise ValueError(f"AdamWEMA: ema_decay is {ema_decay}, want it in [0, 1]")
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"AdamWEMA: max_grad_norm is {max_grad_norm}, want a positive number or None")
-        if max_grad_norm is not None and not compute_grad_norm:
-            raise ValueError(f"AdamWEMA: max_grad_norm is {max_grad_norm}, which takes compute_grad_norm=True")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "ema_decay": ema_decay}
-        self.capturable = capturable
-        super().__init__(params, defaults)
-        self.max_grad_norm = max_grad_norm
-        self.compute_grad_norm = compute_grad_norm
-        self.grad_norm: Tensor | None = None
-        self.found_inf: Tensor | None = None
+        super().__init__(params, defaults, max_grad_norm, capturable, compute_grad_norm)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As for every torch optimizer."""
-        super().add_param_group(param_group)
-        self._place_lr(self.param_groups[-1])
-
-    def _place_lr(self, group: dict[str, Any]) -> None:
-        if self.capturable:
-            group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=group["params"][0].device)
-
-    def _place_steps(self, steps: dict[Tensor, int]) -> None:
-        """Set ``state["step"]`` of parameters; on the device, one tensor stands for all that are of one age."""
-        shared: dict[tuple[torch.device, int], Tensor] = {}
-        for param, step in steps.items():
-            if self.capturable and (param.device, step) not in shared:
-                shared[param.device, step] = torch.full((), step, dtype=torch.int64, device=param.device)
-            self.state[param]["step"] = shared[param.device, step] if self.capturable else step
-
-    def _states_of(self, params: list[Tensor]) -> list[dict[str, Any]]:
-        states = [self.state[param] for param in params]
-        if not all(states):
-            new = [param for param, state in zip(params, states, strict=True) if not state]
-            if backend.is_capturing(new[0]):
-                raise RuntimeError("AdamWEMA: each replay would make the state anew; run a step before the capture")
-            for param in new:
-                dtype = accumulate_dtype(param.dtype)
-                self.state[param] |= {
-                    "exp_avg": torch.zeros_like(param, dtype=dtype),
-                    "exp_avg_sq": torch.zeros_like(param, dtype=dtype),
-                    "ema": param.detach().to(dtype, copy=True),
-                }
-            self._place_steps(dict.fromkeys(new, 0))
-        return states
-
-    def _count_on_device(self, states: list[dict[str, Any]], increment: int | Tensor) -> None:
-        """Add `increment` to the steps of `states`, each tensor once."""
-        users = Counter(id(state["step"]) for state in self.state.values())
-        by_step: dict[int, list[dict[str, Any]]] = {}
-        for state in states:
-            by_step.setdefault(id(state["step"]), []).append(state)
-        for members in by_step.values():
-            step = members[0]["step"]
-            if len(members) < users[id(step)]:  # the others got no gradient and stay behind
-                if backend.is_capturing(step):
-                    raise RuntimeError(
-                        "AdamWEMA: other parameters have a gradient than in the step before; run such a step before "
-                        "the capture"
-                    )
-                step = step.clone()
-                for state in members:
-                    state["step"] = step
-            step.add_(increment)
-
-    def _scale_of(self, grads: list[Tensor], loss_scale: Tensor | None) -> Tensor | None:
-        """What gradients are to be multiplied by, float32; sets `grad_norm` and `found_inf`."""
-        self.grad_norm = self.found_inf = None
-        if self.compute_grad_norm:
-            self.grad_norm = global_norm(grads)
-        if loss_scale is not None:
-            self.found_inf = (~self.grad_norm.isfinite()).to(torch.float32)
-            self.grad_norm = self.grad_norm / loss_scale
-        if self.max_grad_norm is None:
-            return None if loss_scale is None else loss_scale.reciprocal()
-        factor = (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0).to(torch.float32)
-        return factor if loss_scale is None else factor / loss_scale
-
-    def _check_loss_scale(self, loss_scale: Tensor) -> None:
-        if not self.capturable or not self.compute_grad_norm:
-            raise ValueError(
-                "AdamWEMA: a loss scale takes capturable=True and compute_grad_norm=True: whether the step is skipped "
-                "is found in the norm of the gradients, and it must not count then"
-            )
-        if not isinstance(loss_scale, Tensor) or loss_scale.dtype != torch.float32 or loss_scale.ndim != 0:
-            raise TypeError(f"AdamWEMA: loss_scale is {loss_scale!r}, want a float32 scalar tensor")
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None, loss_scale: Tensor | None = None) -> float | None:
-        """Update every parameter that has a gradient; parameters without one keep their value and EMA.
-
-        Args:
-            closure: computes the loss and its gradients anew; called first.
-            loss_scale: float32 scalar tensor on the device, the factor that the gradients carry: they are divided by
-                it. If one of them is not finite, the step changes nothing and does not count, which the device decides
-                without a wait; `found_inf` says so, and `torch._amp_update_scale_` takes it as it is. Needs
-                `capturable`.
-
-        Returns:
-            What `closure` returned.
-
-        Raises:
-            ValueError: `loss_scale` for an optimizer that cannot skip a step.
-            TypeError: `loss_scale` is no float32 scalar tensor; `lr` of a capturable group is a number.
-        """
-        if loss_scale is not None:
-            self._check_loss_scale(loss_scale)
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        groups = [
-            [(param, param.grad) for param in group["params"] if param.grad is not None] for group in self.param_groups
-        ]
-        states = self._states_of([param for pairs in groups for param, _ in pairs])
-        grad_scale = self._scale_of([grad for pairs in groups for _, grad in pairs], loss_scale)
-        if self.capturable:
-            self._count_on_device(states, 1 if self.found_inf is None else self.found_inf == 0)
-        state_of_pair = iter(states)
-        for group, pairs in zip(self.param_groups, groups, strict=True):
-            if self.capturable and not isinstance(group["lr"], Tensor):
-                raise TypeError(
-                    'AdamWEMA: lr of a group is a number, which a captured step would not see change; use group["lr"]'
-                    f".fill_({group['lr']})"
-                )
-            # One call for all parameters of one age: after an unfreeze, ages within a group differ.
-            by_step: dict[int | Tensor, list[tuple[Tensor, ...]]] = {}
-            for (param, grad), state in zip(pairs, state_of_pair, strict=False):
-                if not self.capturable:
-                    state["step"] += 1
-                row = (param, grad, state["exp_avg"], state["exp_avg_sq"], state["ema"])
-                by_step.setdefault(state["step"], []).append(row)
-            for step, rows in by_step.items():
-                adamw_ema(
-                    *zip(*rows, strict=True),
-                    lr=group["lr"],
-                    betas=group["betas"],
-                    eps=group["eps"],
-                    weight_decay=group["weight_decay"],
-                    step=step,
-                    ema_decay=ema_decay_at(step, group["ema_decay"]),
-                    grad_scale=grad_scale,
-                    found_inf=self.found_inf,
-                )
-        return loss
-
-    def ema_parameters(self) -> Iterator[Tensor]:
-        """The EMA of every parameter, in the order of the parameters; before the first step, the weights themselves."""
-        params = [param for group in self.param_groups for param in group["params"]]
-        for state in self._states_of(params):
-            yield state["ema"]
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from what `state_dict` returned, capturable or not; waits for the device where steps are tensors."""
-        super().load_state_dict(state_dict)
-        saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        params = [param for group in self.param_groups for param in group["params"]]
-        saved = {
-            param: state_dict["state"][index]
-            for index, param in zip(saved_ids, params, strict=True)
-            if index in state_dict["state"]
-        }
-        for param, slots in saved.items():
-            for name in ("exp_avg", "exp_avg_sq", "ema"):
-                # torch gives them the dtype of the parameter, which may be shorter.
-                self.state[param][name] = slots[name].to(param.device, accumulate_dtype(param.dtype))
-        self._place_steps({param: int(slots["step"]) for param, slots in saved.items()})
-        for group in self.param_groups:
-            self._place_lr(group)
-            if not self.capturable:
-                group["lr"] = float(group["lr"])
+    def _fused_step(self, group: dict[str, Any], *lists: tuple[Tensor, ...], **numbers: Any) -> None:
+        settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+        adamw_ema(*lists, **settings, **numbers)

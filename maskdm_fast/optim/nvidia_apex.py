@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from maskdm_fast.ops import backend
 from maskdm_fast.ops.adamw_ema.op import global_norm
-from maskdm_fast.optim.adamw_ema import AdamWEMA, ema_decay_at
+from maskdm_fast.optim.adamw_ema import AdamWEMA
+from maskdm_fast.optim.ema_optimizer import ema_decay_at
 
 _DEVICE = "cuda"  # the only one that apex has kernels for
 

@@ -17,6 +17,7 @@ TINY = {
     "masked_attention": {"lengths": (5, 5), "num_heads": 2, "head_dim": 8},
     "masked_dsm_loss": {"lengths": (5, 5), "width": 12},
     "adamw_ema": {"shapes": ((3, 4), (5,))},
+    "lamb_ema": {"shapes": ((3, 4), (5,))},
 }
 
 

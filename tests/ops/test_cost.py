@@ -199,6 +199,18 @@ def test_bytes_of_adamw_ema(case, passes):
     assert cost.step_(count, 4).bytes + cost.global_norm(count, 4).bytes == 40 * count
 
 
+@pytest.mark.parametrize("case", every_case("lamb_ema"))
+def test_bytes_of_lamb_ema(case, passes):
+    """Parameters and moments are read a second time, after the norms."""
+    _, found = run_case("lamb_ema", case, passes)
+    [(arguments, _)] = found["step_"]
+    params, grads, m, v, emas, copies = arguments[:6]
+    touched = num_bytes(grads) + 3 * num_bytes([params, m, v]) + 2 * num_bytes(emas) + num_bytes(copies)
+    count = sum(math.prod(shape) for shape in case.shapes)
+    assert cost_of("lamb_ema").step_(count, 4, copy=2 if case.copy else 0).bytes == touched
+    assert cost_of("lamb_ema").step_(count, 4).bytes == 48 * count
+
+
 def test_every_op_has_a_cost_for_every_pass():
     for op, table in ops.IMPLEMENTATIONS.items():
         missing = {name for name in passes_of(table["reference"]) if not hasattr(cost_of(op), name)}

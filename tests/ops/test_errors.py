@@ -33,10 +33,10 @@ def _noise(**changes):
     return ops.noise_visible_patches(**(arguments | changes))
 
 
-def _adamw(**changes):
+def _adamw(op=ops.adamw_ema, **changes):
     p = [torch.zeros(3)]
     arguments = {name: [torch.zeros(3)] for name in ("grads", "exp_avgs", "exp_avg_sqs", "emas")}
-    return ops.adamw_ema(**({"params": p, "lr": 0.1, "step": 1, "ema_decay": 0.9} | arguments | changes))
+    return op(**({"params": p, "lr": 0.1, "step": 1, "ema_decay": 0.9} | arguments | changes))
 
 
 WRONG = [
@@ -118,6 +118,8 @@ WRONG = [
     (lambda: _adamw(grad_scale=torch.zeros(1)), ValueError, r"grad_scale has shape \[1\], want \[\]"),
     (lambda: _adamw(found_inf=torch.zeros(1)), ValueError, r"found_inf has shape \[1\], want \[\]"),
     (lambda: _adamw(found_inf=torch.tensor(True)), TypeError, "found_inf has dtype bool, want float32"),
+    (lambda: _adamw(ops.lamb_ema, emas=[torch.zeros(2)]), ValueError, r"lamb_ema: emas\[0\] has shape \[2\], want"),
+    (lambda: _adamw(ops.lamb_ema, lr=-1.0), ValueError, "lamb_ema: lr is -1.0, outside its range"),
     (lambda: _adamw(step=0), ValueError, "step is 0, outside its range"),
     (lambda: _adamw(step=torch.tensor(1.0)), TypeError, "step has dtype float32, want int64"),
     (lambda: _adamw(lr=torch.ones(1)), ValueError, r"lr has shape \[1\], want \[\]"),

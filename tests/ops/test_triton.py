@@ -268,25 +268,34 @@ def test_adamw_ema_takes_dtypes_and_alignments_side_by_side():
 
 def test_adamw_ema_uploads_addresses_once(monkeypatch):
     """A captured step may not upload: it finds the tables of the step before, or says what is wrong."""
-    from maskdm_fast.ops.adamw_ema import triton_impl
+    from maskdm_fast.ops import triton_adam
 
-    monkeypatch.setattr(triton_impl, "_tables", {})
-    monkeypatch.setattr(triton_impl, "_captured", {})
+    monkeypatch.setattr(triton_adam, "_tables", {})
+    monkeypatch.setattr(triton_adam, "_captured", {})
     inputs = _adamw_inputs()
     CASES["adamw_ema"].call(inputs, "triton")
-    before = list(triton_impl._tables.values())
+    before = list(triton_adam._tables.values())
     assert len(before) == 2  # of the step and of the norm
     monkeypatch.setattr(backend, "is_capturing", lambda tensor: True)
     CASES["adamw_ema"].call(inputs, "triton")
-    assert [id(table) for table in triton_impl._tables.values()] == [id(table) for table in before]
-    assert set(triton_impl._captured) == set(triton_impl._tables)
+    assert [id(table) for table in triton_adam._tables.values()] == [id(table) for table in before]
+    assert set(triton_adam._captured) == set(triton_adam._tables)
     moved = inputs | {"grads": [grad.clone() for grad in inputs["grads"]]}
     with pytest.raises(RuntimeError, match=r"zero_grad\(set_to_none=False\)"):
         CASES["adamw_ema"].call(moved, "triton")
     monkeypatch.setattr(backend, "is_capturing", lambda tensor: False)
     kept = []  # so that each copy has an address of its own
-    for _ in range(triton_impl._KEPT_TABLES):
+    for _ in range(triton_adam._KEPT_TABLES):
         kept.append([grad.clone() for grad in inputs["grads"]])
         ops.adamw_ema(**inputs | {"grads": kept[-1]}, backend="triton")
-    assert len(triton_impl._tables) == triton_impl._KEPT_TABLES
-    assert len(triton_impl._captured) == 2  # for as long as the graph may live
+    assert len(triton_adam._tables) == triton_adam._KEPT_TABLES
+    assert len(triton_adam._captured) == 2  # for as long as the graph may live
+
+
+def test_lamb_ema_of_tensors_with_more_chunks_than_are_added_at_a_time(monkeypatch):
+    from maskdm_fast.ops.lamb_ema import triton_impl
+
+    monkeypatch.setattr(triton_impl, "_SUMS", 2)
+    cases = CASES["lamb_ema"]
+    case = cases.Case("long", ((5 * triton_impl._CHUNK + 3,), (7,)))
+    testing.check_parity(cases, cases.make_inputs(case, torch.float32, DEVICE, seed=4), "triton")

@@ -8,8 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskdm_fast import ops
 from maskdm_fast.ops.adamw_ema.op import global_norm
-from maskdm_fast.optim import AdamWEMA
-from maskdm_fast.optim.adamw_ema import ema_decay_at
+from maskdm_fast.optim import AdamWEMA, ema_decay_at
 from maskdm_fast.testing import draw
 
 SHAPES = [(5, 3), (4,), (2, 2, 2)]
@@ -247,7 +246,7 @@ def test_without_the_norm(monkeypatch):
     _set_grads(params, 1)
     _set_grads(same, 1)
     first.step()
-    monkeypatch.setattr("maskdm_fast.optim.adamw_ema.global_norm", None)
+    monkeypatch.setattr("maskdm_fast.optim.ema_optimizer.global_norm", None)
     second.step()
     assert _same((params, first), (same, second)) and second.grad_norm is None
     with pytest.raises(ValueError, match="takes compute_grad_norm=True"):

@@ -1,0 +1,139 @@
+"""What the steps of Adam's family share, `adamw_ema` and `lamb_ema`: checks of their arguments, and the call."""
+
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskdm_fast.ops import backend as backends
+from maskdm_fast.ops.checks import FLOATING, accumulate_dtype, check_device, check_dtype, check_shape
+
+Lists = tuple[Sequence[Tensor], ...]
+
+
+def _check_scalar(op: str, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    check_dtype(op, name, tensor, (dtype,))
+    check_shape(op, name, tensor)
+    check_device(op, name, tensor, device)
+    return tensor
+
+
+def _check_list(op: str, name: str, tensors: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+    if len(tensors) != len(params):
+        raise ValueError(f"{op}: {name} has {len(tensors)} tensors, want {len(params)}")
+    device, written = params[0].device, name != "grads"
+    for index, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
+        if name == "grads":
+            wanted = (param.dtype,)
+        elif name == "copies":
+            wanted = (torch.float16, torch.bfloat16)
+        else:
+            wanted = (accumulate_dtype(param.dtype),)
+        # Models have hundreds of tensors, and the checks that find the words for a wrong one take six times as long.
+        if (
+            tensor.dtype in wanted
+            and tensor.shape == param.shape
+            and tensor.device == device
+            and (not written or tensor.is_contiguous())
+        ):
+            continue
+        label = f"{name}[{index}]"
+        check_dtype(op, label, tensor, wanted)
+        check_device(op, label, tensor, device)
+        check_shape(op, label, tensor, *param.shape)
+        raise ValueError(f"{op}: {label} is not contiguous, and it is written in place")
+
+
+def _check_lists(op: str, lists: Lists) -> None:
+    params, grads, exp_avgs, exp_avg_sqs, emas, copies = lists
+    device = params[0].device
+    for index, param in enumerate(params):
+        if param.dtype not in FLOATING or param.device != device:
+            check_dtype(op, f"params[{index}]", param, FLOATING)
+            check_device(op, f"params[{index}]", param, device)
+        if not param.is_contiguous():
+            raise ValueError(f"{op}: params[{index}] is not contiguous, and it is written in place")
+    _check_list(op, "grads", grads, params)
+    _check_list(op, "exp_avgs", exp_avgs, params)
+    _check_list(op, "exp_avg_sqs", exp_avg_sqs, params)
+    _check_list(op, "emas", emas, params)
+    if copies:
+        _check_list(op, "copies", copies, params)
+
+
+def _native_checks(chosen: str, lists: Lists) -> bool:
+    """Whether the native step will look at the lists itself: eagerly, and with everything on devices of its kind."""
+    if chosen not in ("cpu", "cuda") or torch.compiler.is_compiling():
+        return False
+    if chosen == "cuda":
+        return all(tensor.is_cuda for tensors in lists for tensor in tensors)
+    return all(tensor.is_cpu for tensors in lists for tensor in tensors)
+
+
+def take_step(
+    op: str,
+    implementations: Mapping[str, ModuleType],
+    lists: Lists,
+    *settings: Any,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    step: int | Tensor,
+    ema_decay: float | Tensor,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    backend: str | None,
+) -> None:
+    """Check the arguments of an op and call ``step_`` of a backend.
+
+    Args:
+        op: its name.
+        implementations: its backends.
+        lists: params, grads, exp_avgs, exp_avg_sqs, emas, copies; params is not empty.
+        settings: what only this op takes; passed on after `ema_decay`.
+        lr, ...: as the ops say.
+
+    Raises:
+        ValueError, TypeError: wrong shape, length, layout, value or device; wrong dtype.
+        RuntimeError: the named backend cannot run.
+    """
+    chosen = backends.choose(op, implementations, lists[0][0], backend)
+    device = lists[0][0].device
+    if grad_scale is not None:
+        _check_scalar(op, "grad_scale", grad_scale, torch.float32, device)
+    if found_inf is not None:
+        _check_scalar(op, "found_inf", found_inf, torch.float32, device)
+    lr_tensor = step_tensor = ema_decay_tensor = None
+    if isinstance(lr, Tensor):
+        lr, lr_tensor = 0.0, _check_scalar(op, "lr", lr, torch.float32, device)
+    if isinstance(step, Tensor):
+        step, step_tensor = 1, _check_scalar(op, "step", step, torch.int64, device)
+    if isinstance(ema_decay, Tensor):
+        ema_decay, ema_decay_tensor = 0.0, _check_scalar(op, "ema_decay", ema_decay, torch.float64, device)
+    beta1, beta2 = betas
+    for name, value, good in (
+        ("lr", lr, lr >= 0),
+        ("betas[0]", beta1, 0 <= beta1 < 1),
+        ("betas[1]", beta2, 0 <= beta2 < 1),
+        ("eps", eps, eps >= 0),
+        ("weight_decay", weight_decay, weight_decay >= 0),
+        ("step", step, step >= 1),
+        ("ema_decay", ema_decay, 0 <= ema_decay <= 1),
+    ):
+        if not good:
+            raise ValueError(f"{op}: {name} is {value}, outside its range")
+    native = _native_checks(chosen, lists)
+    if not native:
+        _check_lists(op, lists)
+    try:
+        implementations[chosen].step_(
+            *map(list, lists), grad_scale, lr, beta1, beta2, eps, weight_decay, step, ema_decay, *settings,
+            lr_tensor, step_tensor, ema_decay_tensor, found_inf,
+        )  # fmt: skip
+    except RuntimeError:
+        if native:
+            _check_lists(op, lists)  # raises what the native check found, in the words of the other ops
+        raise
