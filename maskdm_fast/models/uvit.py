@@ -142,28 +142,44 @@ class UViT(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, seed: int) -> None:
-        """Draw the initial weights: parameter i of `named_parameters` is slot i of `Stream.INIT`.
+        """Give every parameter its `initial_value`; those on the meta device are passed over."""
+        for name, parameter in self.named_parameters():
+            if not parameter.is_meta:
+                parameter.copy_(self.initial_value(name, seed))
+
+    def initial_value(self, name: str, seed: int) -> Tensor:
+        """Draw the initial value of a parameter: parameter i of `named_parameters` is slot i of `Stream.INIT`.
 
         Matrices, positions and the unconditional embedding are N(0, 0.02^2) (the truncation of the published code lies
         at 100 standard deviations), biases 0, norms 1 and 0. The patch and label embeddings keep the distributions that
         PyTorch gives them: uniform within ``1/sqrt(fan_in)``, and N(0, 1). The final convolution is the identity.
-        Parameters on the meta device are passed over.
+
+        Args:
+            name: as `named_parameters` gives it.
+            seed: of the draw.
+
+        Returns:
+            float32, of the parameter's shape, on the CPU; the parameter itself may be on the meta device.
         """
-        for index, (name, parameter) in enumerate(self.named_parameters()):
-            if parameter.is_meta:
-                continue
-            draw = {"seed": seed, "stream": Stream.INIT, "step": 0, "slots": torch.tensor([index], device="cpu")}
-            if name.startswith("patch_embed"):
-                values = (2 * random.uniform(parameter.numel(), **draw) - 1) * self.config.token_dim**-0.5
-            elif name.endswith("bias"):
-                values = torch.zeros(parameter.numel())
-            elif "norm" in name:
-                values = torch.ones(parameter.numel())
-            else:
-                values = random.normal(parameter.numel(), **draw) * (1.0 if name == "label_embed" else _INIT_STD)
-            parameter.copy_(values.view(parameter.shape))
-        if self.final_conv is not None and not self.final_conv.weight.is_meta:
-            self.final_conv.reset_parameters()
+        names = [known for known, _ in self.named_parameters()]
+        parameter = self.get_parameter(name)
+        draw = {
+            "seed": seed,
+            "stream": Stream.INIT,
+            "step": 0,
+            "slots": torch.tensor([names.index(name)], device="cpu"),
+        }
+        if name.startswith("patch_embed"):
+            values = (2 * random.uniform(parameter.numel(), **draw) - 1) * self.config.token_dim**-0.5
+        elif name.endswith("bias"):
+            values = torch.zeros(parameter.numel(), device="cpu")
+        elif "norm" in name:
+            values = torch.ones(parameter.numel(), device="cpu")
+        elif name == "final_conv.weight":
+            values = self.final_conv.identity()
+        else:
+            values = random.normal(parameter.numel(), **draw) * (1.0 if name == "label_embed" else _INIT_STD)
+        return values.view(parameter.shape)
 
     def forward(
         self,

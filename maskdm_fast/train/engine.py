@@ -74,6 +74,10 @@ class EngineSettings:
     cuda_graph: bool = False
 
 
+Values = Callable[[str], Tensor]
+"""Gives the value of a parameter by its name: whole, float32, on the CPU."""
+
+
 class Engine(Protocol):
     """One network and its optimizer.
 
@@ -127,29 +131,45 @@ class Engine(Protocol):
 
 
 def make_engine(
-    name: str, model: nn.Module, optimizer: OptimizerSettings, settings: EngineSettings, world: World
+    name: str,
+    model: nn.Module,
+    optimizer: OptimizerSettings,
+    settings: EngineSettings,
+    world: World,
+    values: Values | None = None,
 ) -> Engine:
     """The engine of this name: plain, ddp, zero1, zero2, zero3 or zero3-offload.
 
     Args:
-        model: the network, float32, the same in all processes.
+        model: the network, float32, the same in all processes; it becomes the engine's.
+        values: of the network's parameters, where it is on the meta device; zero3 then never holds all of them.
 
     Raises:
         RuntimeError: something is to be compiled, but no compiler works here; apex is asked for, but not NVIDIA's or
             not installed; DeepSpeed is asked for, but not installed.
         ValueError: the engine cannot do what is asked for; apex is asked for on another device than CUDA.
     """
+    if name not in ("plain", "ddp"):
+        from maskdm_fast.train.zero_engine import ZeroEngine
+
+        return ZeroEngine(name, model, optimizer, settings, world, values or model.state_dict().__getitem__)
+    if values is not None:
+        fill(model, values)
     if settings.cuda_graph:
         from maskdm_fast.train.cuda_graph import GraphEngine
 
         return GraphEngine(name, model, optimizer, settings, world)
-    if name in ("plain", "ddp"):
-        from maskdm_fast.train.plain_engine import DataParallelEngine, PlainEngine
+    from maskdm_fast.train.plain_engine import DataParallelEngine, PlainEngine
 
-        return (PlainEngine if name == "plain" else DataParallelEngine)(model, optimizer, settings, world)
-    from maskdm_fast.train.zero_engine import ZeroEngine
+    return (PlainEngine if name == "plain" else DataParallelEngine)(model, optimizer, settings, world)
 
-    return ZeroEngine(name, model, optimizer, settings, world)
+
+@torch.no_grad()
+def fill(model: nn.Module, values: Values) -> None:
+    """Give a model on the meta device memory on the CPU, and its parameters their values."""
+    model.to_empty(device="cpu")
+    for name, parameter in model.named_parameters():
+        parameter.copy_(values(name))
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager:

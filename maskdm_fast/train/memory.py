@@ -8,7 +8,7 @@ bytes of a value: 2 under bf16 and fp16, else 4; B values of a bucket, W of a wi
 
     engine          steady                               passes, besides activations and workspace     update
     plain           16 P                                 4 P, and 2 P of 16-bit copies                 4 P
-    ddp             20 P                                 4 P if accumulated, and 2 P of copies         -
+    ddp             20 P                                 2 P of 16-bit copies                          -
     zero1           s P + 16 S                           s S, and s P if accumulated; buckets          2 s S + fp32 S
     zero2           s P + 16 S                           s S, twice if accumulated; buckets            2 s S + fp32 S
     zero3           2 s S + 16 S + s B + small weights   gathered weights, buckets                     s S + fp32 S
@@ -175,9 +175,9 @@ def memory_per_rank(config: RunConfig, engine: str, world_size: int, *, place: P
         steady |= {"weights": FLOAT * values, "moments": 2 * FLOAT * values, "average": FLOAT * values}
         passes["gradients"] = update["gradients"] = FLOAT * values
         if engine == "ddp":
-            # Its buckets stay. Gradients that are not sent yet lie beside them until the last micro-batch.
-            steady["gradients"] = FLOAT * values
-            passes["gradients"], update = (FLOAT * values if accumulates else 0.0), {}
+            # They lie in its buckets, which stay.
+            steady["gradients"] = passes.pop("gradients")
+            update = {}
         if item < FLOAT:
             passes["16-bit weights"] = item * values
         return Memory(steady, passes, update)

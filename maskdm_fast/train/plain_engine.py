@@ -139,6 +139,7 @@ class DataParallelEngine(PlainEngine):
             gradient_as_bucket_view=True,
         )
         self.model.register_comm_hook(world, _average)
+        self._accumulates = settings.num_micro > 1
 
     def _check(self, world: World) -> None:
         if world.world_size == 1:
@@ -146,6 +147,10 @@ class DataParallelEngine(PlainEngine):
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager:
         return nullcontext() if last else self.model.no_sync()
+
+    def _forget_gradients(self) -> None:
+        # Gradients that are added up stay in the buckets; anew, they would lie beside them until the last micro-batch.
+        self._optimizer.zero_grad(set_to_none=not self._accumulates)
 
 
 def _average(world: World, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:

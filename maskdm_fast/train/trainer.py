@@ -230,7 +230,7 @@ class Trainer:
             "images_per_s": (self.step - step) * self.config.stage.batch_size / elapsed,
             "tokens_per_s": tokens / elapsed,
             "model_tflops": flops / elapsed * 1e-12,
-            "peak_mib": backend.peak_memory(self.world.device) / 2**20,
+            "peak_mib": self.world.largest(backend.peak_memory(self.world.device)) / 2**20,
             **split,
         }
         if self._peak is not None:

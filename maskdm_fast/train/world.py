@@ -136,6 +136,10 @@ class World:
         """Minimum over the processes of an integer tensor; waits for the device. On the CPU."""
         return self._reduce(values, dist.ReduceOp.MIN)
 
+    def largest(self, value: int) -> int:
+        """Maximum over the processes of a number."""
+        return int(self._reduce(torch.tensor(value), dist.ReduceOp.MAX))
+
     def _reduce(self, values: Tensor, operation: dist.ReduceOp) -> Tensor:
         values = values.cpu()
         if self.world_size > 1:

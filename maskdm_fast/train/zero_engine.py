@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from maskdm_fast.train.engine import EngineSettings, OptimizerSettings, Work, compile_in_place
+from maskdm_fast.train.engine import DTYPES, EngineSettings, OptimizerSettings, Values, Work, compile_in_place, fill
 from maskdm_fast.train.extras import require
 from maskdm_fast.train.loss_scale import LossScale
 from maskdm_fast.train.memory import KEPT_VALUES, zero_sizes
@@ -54,43 +54,60 @@ class ZeroEngine:
     Args:
         name: zero1 (optimizer state is divided), zero2 (gradients too), zero3 (weights too) or zero3-offload (zero3 in
             the memory of the CPU).
-        model: the network, float32, the same in all processes; it becomes DeepSpeed's.
+        model: the network, on the meta device or with the values, the same in all processes; it becomes DeepSpeed's.
         optimizer: its settings.
         settings: how to compute.
         world: the processes.
+        values: of the parameters.
 
     Raises:
         RuntimeError: DeepSpeed is not installed.
+        ValueError: float16 is asked for on the CPU.
     """
 
     def __init__(
-        self, name: str, model: nn.Module, optimizer: OptimizerSettings, settings: EngineSettings, world: World
+        self,
+        name: str,
+        model: nn.Module,
+        optimizer: OptimizerSettings,
+        settings: EngineSettings,
+        world: World,
+        values: Values,
     ) -> None:
+        if settings.precision == "fp16" and world.device.type == "cpu":
+            raise ValueError(f"engine {name} computes in float16 on GPUs only; use --precision bf16, or --engine ddp")
         deepspeed = _import_deepspeed(world.device)
         self._stage, self._world, self._precision = STAGES[name], world, settings.precision
         if not dist.is_initialized():
             backend = "nccl" if world.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed wants to be told
         self.device = world.device
+        clip, sizes = optimizer.max_grad_norm or 0.0, [param.numel() for param in model.parameters()]
+        config = _config(name, settings, clip, sum(sizes), self.device)
+        self._shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
+        if self._stage == 3:
+            parts = _OneByOne(model, values, DTYPES[settings.precision])
+            deepspeed.zero.Init(module=parts, config_dict_or_path=config)
+            parts.forget()
+        elif any(param.is_meta for param in model.parameters()):
+            fill(model, values)
         compile_in_place(settings.compiled, self.device)
-        names = {param: name for name, param in model.named_parameters()}
-        self._shapes = {name: tuple(param.shape) for param, name in names.items()}
-        clip = optimizer.max_grad_norm or 0.0
+        self._params = dict(model.named_parameters())
         # DeepSpeed clips: a process sees a part of the gradient only.
         own = optimizer.make(model.parameters(), max_grad_norm=None, compute_grad_norm=False)
         self.model, self._zero, _, _ = deepspeed.initialize(
-            model=model,
-            optimizer=own,
-            config=_config(name, settings, clip, sum(param.numel() for param in names), self.device),
-            dist_init_required=False,
+            model=model, optimizer=own, config=config, dist_init_required=False
         )
         if settings.precision == "fp16":
             # At the smallest scale an overflow means divergence, which the meter tells better.
             self._zero.loss_scaler.raise_error_at_min_scale = False
         self._optimizer = own
-        self._params = {name: param for param, name in names.items()}
-        self._make_states()
         self._shares = self._find_shares()
+        for name, share in self._shares.items():
+            # DeepSpeed has made them of weights that were rounded to 16 bits.
+            share.of(share.flat).copy_(values(name).flatten()[share.start : share.start + share.count])
+        self._make_states()
 
     def _flats(self) -> list[Tensor]:
         if self._stage == 3:
@@ -235,6 +252,33 @@ class ZeroEngine:
             # An entry is what all calls of this operation have taken until then.
             total = max(milliseconds[-1] for _, milliseconds, *_ in sizes.values())
             self._world.timer.add("communication", total / 1e3)
+
+
+class _OneByOne(nn.Module):
+    """A network on the meta device whose parameters get memory one after the other, as they are asked for: so that each
+    can be divided before the next one is there.
+
+    Args:
+        model: the network; its parameters are replaced.
+        values: theirs.
+        dtype: of the new ones.
+    """
+
+    def __init__(self, model: nn.Module, values: Values, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._source = [(model, values, dtype)]  # in a list it is no part of this module
+
+    def forget(self) -> None:
+        """Let go of the values, for DeepSpeed holds this module as long as the parameters live."""
+        self._source.clear()
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        ((model, values, dtype),) = self._source
+        for prefix, module in model.named_modules():
+            for leaf in [name for name, _ in module.named_parameters(recurse=False)]:
+                value = values(f"{prefix}.{leaf}" if prefix else leaf)
+                setattr(module, leaf, nn.Parameter(value.to(dtype, copy=True)))
+                yield getattr(module, leaf)
 
 
 def _import_deepspeed(device: torch.device) -> Any:

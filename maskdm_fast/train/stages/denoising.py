@@ -62,9 +62,12 @@ class DenoisingStage:
             stage.optimizer,
             machine.optimizer_kernel,
         )
-        model = UViT(config.model, seed=config.seed)
+        with torch.device("meta"):
+            # An engine may cut its network in pieces; the other one keeps the shapes.
+            model, shapes = UViT(config.model), UViT(config.model)
+        values = functools.partial(shapes.initial_value, seed=config.seed)
         if weights is not None:
-            _load(model, weights)
+            values = _fitting(model, weights, world).__getitem__
         model.activation_checkpointing = machine.activation_checkpointing
         blocks = tuple(module for module in model.modules() if isinstance(module, Block))
         settings = EngineSettings(
@@ -76,7 +79,7 @@ class DenoisingStage:
         )
         if machine.cuda_graph:
             check_cuda_graph(config, world.device, machine.engine)
-        return cls(config, make_engine(machine.engine, model, optimizer, settings, world), world)
+        return cls(config, make_engine(machine.engine, model, optimizer, settings, world, values), world)
 
     def step(self, batches: Sequence[Batch], step: int) -> dict[str, Tensor]:
         engine = self._engine
@@ -156,15 +159,15 @@ def _model_flops(config: UViTConfig, mask: Mask, unmasked_share: float, grid: Gr
     return model_flops(config, counts_of_mask(mask, unmasked_share, grid))
 
 
-def _load(model: UViT, weights: Weights) -> None:
-    """Load trained weights, resized to the model's image and patch size; or raise ValueError naming what does not
-    fit."""
+def _fitting(model: UViT, weights: Weights, world: World) -> dict[str, Tensor]:
+    """Trained weights, resized to the model's image and patch size; or raise ValueError naming what does not fit."""
     own, tensors = model.state_dict(), weights.tensors
     changed = changed_fields(weights.config.model, model.config)
     if changed and changed.keys() <= TRANSFERABLE:
         tensors = transfer(tensors, weights.config.model, model.config)
         words = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in sorted(changed.items()))
-        print(f"the weights of {weights.checkpoint.path} were made to fit: {words}", file=sys.stderr, flush=True)
+        if world.is_main:
+            print(f"the weights of {weights.checkpoint.path} were made to fit: {words}", file=sys.stderr, flush=True)
     problems = [
         f"{name}: {_shape(tensors.get(name))} there, {_shape(own.get(name))} here"
         for name in sorted(own.keys() | tensors.keys())
@@ -179,7 +182,7 @@ def _load(model: UViT, weights: Weights) -> None:
             f"the weights of {weights.checkpoint.path} do not fit this model:{shown}{more}\n"
             "Give both runs the same model options."
         )
-    model.load_state_dict(tensors)
+    return tensors
 
 
 def _shape(tensor: Tensor | None) -> str:
