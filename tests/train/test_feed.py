@@ -20,7 +20,7 @@ class Numbers:
     def __init__(self, count: int = 20) -> None:
         self.labels = torch.arange(count) % 3
         self.images = torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(-1, 2, 2, 1).contiguous()
-        self.nbytes = self.images.nbytes
+        self.nbytes, self.is_mapped = self.images.nbytes, True
         self.read: list[tuple[str, list[int]]] = []
         self.failing = False
 
@@ -64,6 +64,16 @@ def test_steps_follow_the_order_of_the_data(make_config, ahead):
         assert labels == [image % 3 for image in images]
         assert slots == [0, 1, 2, 3]
     feed.close()
+
+
+@pytest.mark.parametrize("is_mapped", [True, False])
+def test_images_that_must_be_decoded_are_read_ahead(make_config, is_mapped):
+    store = Numbers()
+    store.is_mapped = is_mapped
+    feed = make_feed(make_config(), store=store, ahead=None)
+    feed.batches(0)
+    feed.close()
+    assert {name.startswith("feed") for name, _ in store.read} == {not is_mapped}
 
 
 def test_processes_share_the_batch(make_config, ahead):
