@@ -17,7 +17,8 @@ from maskdm_fast import cli, commands
 from maskdm_fast.train.hardware import HARDWARE
 from maskdm_fast.train.memory import choose_engine, memory_per_rank, num_parameters
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "training.md"
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "training.md"
 TEXT = PAGE.read_text()
 OPTIONS = {
     "pack": commands.PackOptions,
@@ -171,6 +172,35 @@ def test_the_table_of_memory_is_computed():
         assert [rest[0], rest[-1]] == [computed[1], computed[-1]], message
         sizes, wanted = (numbers(" ".join(cells)) for cells in (rest[1:-1], computed[2:-1]))
         assert sizes == [pytest.approx(size, rel=0.05, abs=0.15) for size in wanted], message
+
+
+def test_links_into_pages_find_their_heading():
+    for page, anchor in re.findall(r"\]\(([\w.-]*)#([\w-]+)\)", TEXT):
+        text = (PAGE.parent / page).read_text() if page else TEXT
+        headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+        assert anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings], anchor
+
+
+MESSAGES = (
+    "became NaN or infinite at step",
+    "no engine fits",
+    "cannot be divided evenly",
+    "was begun with another configuration",
+    "the data set has changed",
+    "another process is training in",
+    "watchdog of",
+    "lost contact with another process",
+    "cannot write checkpoint",
+    "falling back",
+    "of a step",
+)
+
+
+@pytest.mark.parametrize("message", MESSAGES)
+def test_the_program_says_what_the_table_of_failures_quotes(message):
+    sources = "\n".join(path.read_text() for path in (ROOT / "maskdm_fast").rglob("*.py"))
+    assert message in sources
+    assert message in TEXT.split("\n## When it fails")[1]
 
 
 def test_the_page_starts_from_published_values():
