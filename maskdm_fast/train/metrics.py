@@ -73,7 +73,7 @@ class Meter:
         steps = self._world.smallest(torch.where(self._bad < 0, never, self._bad)).tolist()
         bad = [(step, name) for step, name in zip(steps, self._names, strict=False) if step < never]
         if bad:
-            step, name = min(bad)
+            step, name = min(bad, key=lambda found: found[0])  # of several names the first, which is the loss
             raise TrainingDivergedError(name, step)
 
     def means(self) -> dict[str, float]:

@@ -154,14 +154,16 @@ class FileReader:
         return self._pieces(group)[name][0].shape
 
     def fragment(self, group: str, name: str, start: int, stop: int) -> Tensor:
-        parts, place = [], start
-        for piece in self._pieces(group)[name]:
+        pieces, parts, place = self._pieces(group)[name], [], start
+        for piece in pieces:
             if piece.start <= place < min(stop, piece.start + piece.count):
                 end = min(stop, piece.start + piece.count)
                 parts.append(piece.read(name, place, end))
                 place = end
         if place < stop:
             raise ValueError(f"values {place} to {stop - 1} of {group} {name} are in none of the files")
+        if not parts:  # of no values, which have a dtype nevertheless
+            return pieces[0].read(name, pieces[0].start, pieces[0].start)
         return torch.cat(parts) if len(parts) != 1 else parts[0]
 
     def tensor(self, group: str, name: str) -> Tensor:

@@ -257,10 +257,10 @@ def _launched() -> tuple[int, int, int]:
 
 def _first_host(nodes: str) -> str:
     """The first host of a list in SLURM's short form: ``gpu[003-005,9],login1`` begins with ``gpu003``."""
-    match = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\])?", nodes)
-    if match is None:
+    first = re.match(r"([^,\[]|\[[^\]]*\])*", nodes)[0]
+    if not first:
         raise ValueError(f"SLURM_STEP_NODELIST {nodes!r} names no host; set MASTER_ADDR")
-    return match[1] + (match[2] or "")
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first)
 
 
 def _device(name: str, local_rank: int | None) -> torch.device:
