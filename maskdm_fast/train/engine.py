@@ -129,6 +129,10 @@ class Engine(Protocol):
         """Continue from the pieces of any engine and number of processes."""
         ...
 
+    def close(self) -> None:
+        """Give back what the network and its optimizer hold; the engine cannot be used afterwards."""
+        ...
+
 
 def make_engine(
     name: str,

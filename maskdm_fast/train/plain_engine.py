@@ -124,6 +124,10 @@ class PlainEngine:
             self._loss_scale.load_state_dict({name: reader.tensor("loss_scale", name) for name in names})
 
 
+    def close(self) -> None:
+        pass  # it goes when nobody refers to it
+
+
 class DataParallelEngine(PlainEngine):
     """Several processes, each with the whole network and a share of every batch; gradients are averaged by PyTorch's
     DistributedDataParallel beside the backward pass. Implements `Engine`.

@@ -77,7 +77,9 @@ def train(
         trainer = Trainer(config, folder, stage, store, feed, world, score, engine=settled.machine.engine)
         if checkpoint is not None:
             trainer.load(checkpoint)
-        return trainer.run(signals, title=title or folder.name)
+        result = trainer.run(signals, title=title or folder.name)
+        stage.close()  # not after an error, when a device may never answer
+        return result
 
 
 def _settle_engine(config: RunConfig, world: World) -> RunConfig:

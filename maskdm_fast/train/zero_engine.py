@@ -162,18 +162,14 @@ class ZeroEngine:
                 group["lr"] = lr
             scale = self._zero.loss_scale
             self.model.step()
-            norm = self._zero._global_grad_norm
-            norm = torch.as_tensor(norm, dtype=torch.float32, device=self.device)
+            overflow, norm = self._zero.overflow, self.model.get_global_grad_norm()
+            norm = torch.as_tensor(torch.nan if overflow else norm, dtype=torch.float32, device=self.device)
             # -1 is DeepSpeed's word for a norm that is not finite.
-            norm = torch.where(norm < 0, torch.nan, norm)
-            if self._precision != "fp16":
-                return {"grad_norm": torch.full_like(norm, torch.nan) if self._zero.overflow else norm}
-            skipped = self._zero.overflow and scale > 1.0
-            return {
-                "grad_norm": torch.full_like(norm, torch.nan) if self._zero.overflow else norm,
-                "loss_scale": torch.full_like(norm, scale),
-                "skipped": torch.full_like(norm, float(skipped)),
-            }
+            values = {"grad_norm": torch.where(norm < 0, torch.nan, norm)}
+            if self._precision == "fp16":
+                values["loss_scale"] = torch.full_like(norm, scale)
+                values["skipped"] = torch.full_like(norm, float(overflow and scale > 1.0))
+            return values
 
     def averaged(self) -> dict[str, Tensor]:
         gather = _import_deepspeed(self.device).utils.safe_get_full_optimizer_state
@@ -231,6 +227,18 @@ class ZeroEngine:
             part.narrow(0, 0, share.count).copy_(share.of(share.flat))
         if kept:
             kept[0].all_gather(kept)
+
+    def close(self) -> None:
+        self.model.destroy()
+        # Hooks that refer to each other keep DeepSpeed's objects alive, but what they hold can be given back.
+        held = [item for value in vars(self._zero).values() for item in (value if isinstance(value, list) else [value])]
+        tensors = [item for item in held if isinstance(item, Tensor)]
+        tensors += [*self._flats(), *self._params.values()]
+        tensors += [param.ds_tensor for param in self._params.values() if self._stage == 3]
+        for state in self._optimizer.state.values():
+            tensors += [state[slot] for slot in _SLOTS]
+        for tensor in tensors:
+            tensor.untyped_storage().resize_(0)
 
     @contextmanager
     def _timed_communication(self) -> Iterator[None]:

@@ -99,3 +99,7 @@ class Stage(Protocol):
     def load(self, reader: Reader) -> None:
         """Continue from the pieces of any number of processes."""
         ...
+
+    def close(self) -> None:
+        """Give back what its engines hold; the stage cannot be used afterwards."""
+        ...

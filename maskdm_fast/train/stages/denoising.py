@@ -153,6 +153,9 @@ class DenoisingStage:
     def load(self, reader: Reader) -> None:
         self._engine.load(reader)
 
+    def close(self) -> None:
+        self._engine.close()
+
 
 @functools.lru_cache(maxsize=64)
 def _model_flops(config: UViTConfig, mask: Mask, unmasked_share: float, grid: Grid) -> float:
