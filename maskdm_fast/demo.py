@@ -34,13 +34,13 @@ from maskdm_fast.models import CONFIGS, UViTConfig
 from maskdm_fast.train import RunConfig, TrainResult, load_weights, read_metrics, train
 from maskdm_fast.train.checkpoint import write_json_atomic
 from maskdm_fast.train.config import DenoisingConfig, DiffusionConfig, MachineConfig, OutputConfig, format_mask
-from maskdm_fast.train.world import make_world
 from maskdm_fast.train.extras import require
 from maskdm_fast.train.generation import generate
 from maskdm_fast.train.metrics import git_commit, machine, package_versions
 from maskdm_fast.train.progress import format_seconds, step_bar
 from maskdm_fast.train.runs import default_cache_dir, make_folder, open_store
 from maskdm_fast.train.signals import StopSignals
+from maskdm_fast.train.world import make_world
 
 _MASKED, _SCRATCH = "masked", "scratch"
 _NUM_SHOWN, _NUM_NEIGHBOURED = 64, 8

@@ -291,6 +291,11 @@ class RunConfig(SharedConfig):
         stall = self.machine.stall_seconds
         _check("stall_seconds", stall, stall > 0, "more than 0")
         _check("data_share", self.data_share, 0 < self.data_share <= 1, "more than 0 and at most 1")
+        if self.machine.optimizer_kernel == "apex" and (self.stage.optimizer != "adamw" or self.precision == "fp16"):
+            raise ValueError(
+                f"optimizer_kernel apex computes AdamW without a loss scale, but the run has optimizer "
+                f"{self.stage.optimizer} and precision {self.precision}; leave it out"
+            )
         if self.stage.label_drop and not (self.class_conditional or self.model.num_classes):
             raise ValueError(
                 f"label_drop is {self.stage.label_drop}, but the model has no classes; add --class-conditional"
@@ -341,8 +346,9 @@ _NO_LATENTS = {
     "score_images": _NO_PICTURES,
 }
 
-MAY_CHANGE = ("stage.num_images", "stage.max_seconds", "machine", "output")
-"""What may differ when a run folder is resumed; everything else decides the result and is fixed."""
+MAY_CHANGE = ("data", "stage.num_images", "stage.max_seconds", "machine", "output")
+"""What may differ when a run folder is resumed; everything else decides the result and is fixed. The data set may have
+another name: whether it is the same is told by its checksum."""
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -352,7 +358,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [
         f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE)
+        if old.get(key) != new.get(key) and not f"{key}.".startswith(tuple(f"{name}." for name in MAY_CHANGE))
     ]
 
 

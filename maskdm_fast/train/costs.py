@@ -8,11 +8,13 @@ import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from maskdm_fast.diffusion.masking import BlockMask, Grid, Mask, NoMask, PatchMask
 from maskdm_fast.models import UViTConfig
 from maskdm_fast.ops.adamw_ema import cost as adamw_ema
 from maskdm_fast.ops.gelu import cost as gelu
+from maskdm_fast.ops.lamb_ema import cost as lamb_ema
 from maskdm_fast.ops.linear import cost as linear
 from maskdm_fast.ops.masked_attention import cost as masked_attention
 from maskdm_fast.ops.masked_dsm_loss import cost as masked_dsm_loss
@@ -64,7 +66,15 @@ def total(parts: Iterable[Part]) -> Work:
 
 
 def step_parts(
-    model: UViTConfig, counts: Counts, batch_size: int, *, num_micro: int, item: int, checkpointing: bool, weights: int
+    model: UViTConfig,
+    counts: Counts,
+    batch_size: int,
+    *,
+    num_micro: int,
+    item: int,
+    checkpointing: bool,
+    weights: int,
+    optimizer: Literal["adamw", "lamb"] = "adamw",
 ) -> list[Part]:
     """The parts of one optimizer step.
 
@@ -76,6 +86,7 @@ def step_parts(
         item: bytes of an activation: 4, or 2 under bfloat16 autocast.
         checkpointing: compute the blocks twice.
         weights: parameters of the network.
+        optimizer: which.
     """
     parts = network_parts(model, counts, batch_size / num_micro, item=item, checkpointing=checkpointing)
     if item < FLOAT:
@@ -85,8 +96,8 @@ def step_parts(
     parts = [dataclasses.replace(part, calls=part.calls * num_micro) for part in parts]
     if num_micro > 1:
         parts.append(Part("sums of micro-batches", "rest", num_micro - 1, Work(bytes=3 * FLOAT * weights)))
-    update = adamw_ema.global_norm(weights, FLOAT) + adamw_ema.step_(weights, FLOAT)
-    return [*parts, Part("optimizer, EMA", "adamw_ema", 1, update)]
+    update = {"adamw": adamw_ema, "lamb": lamb_ema}[optimizer].step_(weights, FLOAT)
+    return [*parts, Part("optimizer, EMA", f"{optimizer}_ema", 1, adamw_ema.global_norm(weights, FLOAT) + update)]
 
 
 def network_parts(

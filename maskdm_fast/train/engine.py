@@ -12,7 +12,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from maskdm_fast.optim import AdamWEMA, ApexAdamEMA
+from maskdm_fast.optim import AdamWEMA, ApexAdamEMA, LambEMA
+from maskdm_fast.optim.ema_optimizer import EMAOptimizer
 from maskdm_fast.train.pieces import Pieces, Reader
 from maskdm_fast.train.world import World
 
@@ -22,6 +23,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OPTIMIZERS = {
     ("adamw", "maskdm_fast"): AdamWEMA,
     ("adamw", "apex"): ApexAdamEMA,
+    ("lamb", "maskdm_fast"): LambEMA,
 }
 """Optimizers by name and kernel; the kernels of one optimizer have the same checkpoints."""
 Work = Callable[[Hashable, Sequence[Tensor]], dict[str, Tensor]]
@@ -41,10 +43,8 @@ class OptimizerSettings:
     name: Literal["adamw", "lamb"] = "adamw"
     kernel: Literal["maskdm_fast", "apex"] = "maskdm_fast"
 
-    def make(self, params: Iterable[nn.Parameter], **options: object) -> AdamWEMA:
-        """The optimizer, with these options of its class besides; ValueError if no kernel computes it."""
-        if (self.name, self.kernel) not in OPTIMIZERS:
-            raise ValueError(f"optimizer {self.name} has no kernel of {self.kernel}; leave out --optimizer-kernel")
+    def make(self, params: Iterable[nn.Parameter], **options: object) -> EMAOptimizer:
+        """The optimizer, with these options of its class besides."""
         return OPTIMIZERS[self.name, self.kernel](
             params,
             lr=0.0,

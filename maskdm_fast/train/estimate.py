@@ -107,7 +107,7 @@ def estimate(config: RunConfig) -> Estimate:
     micro = min(machine.micro_batch_size or stage.batch_size, stage.batch_size)
     num_micro = -(-stage.batch_size // micro)
     options = {"num_micro": num_micro, "item": item_size(config), "weights": parameters}
-    options["checkpointing"] = machine.activation_checkpointing
+    options |= {"checkpointing": machine.activation_checkpointing, "optimizer": stage.optimizer}
     return Estimate(
         parameters=parameters,
         extras=model.num_extras,

@@ -23,6 +23,7 @@ _OPS = {
     "noise_visible_patches": ("noise_visible_patches_fwd",),
     "masked_dsm_loss": ("masked_dsm_loss_fwd", "masked_dsm_loss_bwd"),
     "adamw_ema": ("adamw_ema_", "global_norm"),
+    "lamb_ema": ("lamb_ema_",),
 }
 _OP_OF = {operator: op for op, operators in _OPS.items() for operator in operators}
 _SILENT = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias", "lift_fresh"}

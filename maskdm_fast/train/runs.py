@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -68,7 +69,7 @@ def train(
         checkpoint = world.on_main(lambda: checkpoints.resume(folder))
         weights = None
         if checkpoint is None and config.stage.init_from is not None:
-            weights = _initial_weights(config, folder)
+            weights = _initial_weights(config, folder, world)
         stage = build_stage(settled, world, weights)
         memory = memory_per_rank(settled, settled.machine.engine, world.world_size)
         taken = backend.allocated_memory(world.device)
@@ -189,7 +190,7 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maskdm_fast"
 
 
-def _initial_weights(config: RunConfig, folder: Path) -> Weights:
+def _initial_weights(config: RunConfig, folder: Path, world: World) -> Weights:
     """The weights that ``init_from`` names: looked up beside the run folder first, then from the working directory."""
     beside = folder.parent / config.stage.init_from
     path = beside if beside.exists() else Path(config.stage.init_from)
@@ -200,9 +201,19 @@ def _initial_weights(config: RunConfig, folder: Path) -> Weights:
             # Of another code's run nothing but the network is known, and nothing but that is asked.
             config = replace(config, model=found.config)
             return Weights(config, found.tensors, checkpoints.Checkpoint(path, {}), which)
-        return load_weights(path, which)
+        weights = load_weights(path, which)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"nothing to start from: {error} (--init-from {config.stage.init_from})") from None
+    for name in ("schedule", "prediction"):
+        there, here = (getattr(each.diffusion, name) for each in (weights.config, config))
+        if there != here and world.is_main:
+            warnings.warn(
+                f"the weights of {path} were trained with {name} {there}, this run has {here}: what the network has "
+                "learnt to predict is not what it is asked for now",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+    return weights
 
 
 def make_folder(folder: Path) -> None:

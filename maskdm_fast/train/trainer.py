@@ -105,7 +105,7 @@ class Trainer:
 
     def load(self, checkpoint: checkpoints.Checkpoint) -> None:
         """Continue from a checkpoint of this run; ValueError if the data set is not the one it was made with."""
-        if checkpoint.state["data"] != self._data:
+        if any(checkpoint.state["data"][key] != self._data[key] for key in ("num_images", "checksum")):
             raise ValueError(
                 f"the data set has changed since {checkpoint.path} was written: {checkpoint.state['data']} then, "
                 f"{self._data} now. Restore it, or start a new run folder with --init-from {self.folder}"

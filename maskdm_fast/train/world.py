@@ -190,7 +190,7 @@ def make_world(device: str = "auto") -> World:
 
     Args:
         device: ``auto`` (a GPU if there is one), or a PyTorch device such as ``cpu`` or ``cuda:1``. Of several
-            processes on one machine, process i takes GPU i.
+            processes on one machine, process i takes GPU i, or the only one that it sees.
 
     Raises:
         ValueError: the device does not exist here, or the launcher's variables make no sense.
@@ -276,7 +276,8 @@ def _device(name: str, local_rank: int | None) -> torch.device:
         if local_rank is not None:
             if found.index is not None:
                 raise ValueError(f"device {name!r} names one GPU for all processes; want auto, cpu or cuda")
-            found = torch.device("cuda", local_rank)
+            # Some schedulers show each process no GPU but its own.
+            found = torch.device("cuda", 0 if count == 1 else local_rank)
         if (found.index or 0) >= count:
             raise ValueError(
                 f"device {str(found)!r} is not there: PyTorch sees {count} CUDA devices; start fewer processes per "

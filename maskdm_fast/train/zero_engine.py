@@ -231,8 +231,10 @@ class ZeroEngine:
     def close(self) -> None:
         self.model.destroy()
         # Hooks that refer to each other keep DeepSpeed's objects alive, but what they hold can be given back.
-        held = [item for value in vars(self._zero).values() for item in (value if isinstance(value, list) else [value])]
-        tensors = [item for item in held if isinstance(item, Tensor)]
+        tensors = []
+        for value in vars(self._zero).values():
+            items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+            tensors += [item for item in items if isinstance(item, Tensor)]
         tensors += [*self._flats(), *self._params.values()]
         tensors += [param.ds_tensor for param in self._params.values() if self._stage == 3]
         for state in self._optimizer.state.values():

@@ -192,12 +192,15 @@ def test_differences_lists_only_what_may_not_change():
     new = replace(
         old,
         seed=1,
+        data="elsewhere",
+        data_share=0.5,
         model=replace(old.model, dim=384),
         machine=MachineConfig(device="cpu"),
         output=replace(old.output, log_images=5),
         stage=replace(old.stage, num_images=5, max_seconds=3.0, mask=PatchMask(0.5)),
     )
     assert differences(old.to_dict(), new.to_dict()) == [
+        "data_share: 1.0 -> 0.5",
         "model.dim: 192 -> 384",
         "seed: 0 -> 1",
         "stage.mask: none -> patch:0.5",
@@ -211,6 +214,15 @@ def test_from_dict_of_other_versions():
     values["stage"]["momentum"] = 0.9
     with pytest.raises(ValueError, match="DenoisingConfig has no momentum"):
         RunConfig.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"precision": "fp16"}, {"stage": DenoisingConfig(optimizer="lamb")}], ids=["fp16", "lamb"]
+)
+def test_apex_computes_adamw_only(changes):
+    config = replace(RunConfig(machine=MachineConfig(optimizer_kernel="apex")), **changes)
+    with pytest.raises(ValueError, match="optimizer_kernel apex computes AdamW without a loss scale"):
+        config.validate()
 
 
 def test_model_config_is_kept():

@@ -8,6 +8,7 @@ import torch
 from maskdm_fast.diffusion.masking import NoMask
 from maskdm_fast.models import UViT, UViTConfig, transfer
 from maskdm_fast.train import load_weights, train
+from maskdm_fast.train.config import DiffusionConfig
 
 MODEL = UViTConfig(image_size=8, patch_size=2, dim=16, depth=3, num_heads=2)
 UNMASKED = {"mask": NoMask(), "num_images": 4, "lr": 1e-30}  # one step that moves nothing but zeros
@@ -35,6 +36,15 @@ def test_a_run_goes_on_at_another_size(make_config, tmp_path, capsys, changes, w
     assert f"were made to fit: {words}\n" in capsys.readouterr().err
     expected = transfer(load_weights(tmp_path / "first").tensors, MODEL, larger)
     assert_handed_over(tmp_path / "second", expected)
+
+
+def test_weights_that_were_asked_for_something_else(make_config, tmp_path):
+    train(make_config(num_images=8), tmp_path / "first")
+    asked = DiffusionConfig(schedule="linear", prediction="v")
+    with pytest.warns(RuntimeWarning) as found:
+        train(make_config(num_images=4, diffusion=asked, init_from="first"), tmp_path / "second")
+    words = [str(warning.message).partition("trained with ")[2].partition(":")[0] for warning in found]
+    assert words == ["schedule cosine, this run has linear", "prediction eps, this run has v"]
 
 
 def test_other_differences_are_still_errors(make_config, tmp_path):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from maskdm_fast.data import find_source, pack
 from maskdm_fast.diffusion.mask_schedule import MaskSchedule
 from maskdm_fast.diffusion.masking import NoMask
 from maskdm_fast.models import UViTConfig
@@ -219,6 +220,17 @@ def test_changed_data_is_refused(make_config, tmp_path, image_folder):
     next(folder.iterdir()).unlink()
     with pytest.raises(ValueError, match="the data set has changed"):
         train(config, tmp_path / "run")
+
+
+def test_the_same_data_under_another_name(make_config, tmp_path, image_folder):
+    """Moved, or packed into a store: the run goes on, to the same weights."""
+    whole = make_config(num_images=48)
+    train(whole, tmp_path / "whole")
+    shutil.copytree(image_folder, tmp_path / "moved")
+    pack(find_source(image_folder), tmp_path / "packed.store", image_size=8)
+    for images, data in ((16, image_folder), (32, tmp_path / "moved"), (48, tmp_path / "packed.store")):
+        train(make_config(num_images=images, data=str(data)), tmp_path / "run")
+    assert final_bytes(tmp_path / "run") == final_bytes(tmp_path / "whole")
 
 
 def test_classes_must_match(make_config, tmp_path):
