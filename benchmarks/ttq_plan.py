@@ -10,18 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from maskdm_fast.data import ImageStore, open_dataset
+from maskdm_fast.diffusion.mask_text import format_mask, parse_mask
 from maskdm_fast.diffusion.masking import Mask, NoMask
 from maskdm_fast.models import UViTConfig
 from maskdm_fast.train import PRESETS, Recipe, RunConfig
 from maskdm_fast.train.checkpoint import CHECKPOINTS_NAME
-from maskdm_fast.train.config import (
-    DenoisingConfig,
-    DiffusionConfig,
-    MachineConfig,
-    OutputConfig,
-    format_mask,
-    parse_mask,
-)
+from maskdm_fast.train.config import DenoisingConfig, DiffusionConfig, MachineConfig, OutputConfig
 from maskdm_fast.train.runs import default_cache_dir
 
 SCRATCH, PRETRAIN, FINETUNE = "scratch", "pretrain", "finetune"

@@ -10,8 +10,8 @@ from typing import Any
 from benchmarks import harness
 from benchmarks.ttq_plan import PRETRAIN, SCRATCH, Arm
 from benchmarks.ttq_train import FLOOR_NAME, SCORES_NAME
+from maskdm_fast.diffusion.mask_text import format_mask
 from maskdm_fast.diffusion.masking import NoMask
-from maskdm_fast.train.config import format_mask
 from maskdm_fast.train.extras import require
 
 PAGE = harness.ROOT / "docs" / "time-to-quality.md"

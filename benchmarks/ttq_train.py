@@ -18,6 +18,7 @@ from torch import Tensor
 from benchmarks import harness
 from benchmarks.ttq_plan import Arm, Chain, Run, Task, to_calibrate
 from maskdm_fast.data import ImageStore
+from maskdm_fast.diffusion.mask_text import format_mask
 from maskdm_fast.eval import (
     FeatureNetwork,
     cached_features,
@@ -29,7 +30,6 @@ from maskdm_fast.eval import (
 )
 from maskdm_fast.train import RunConfig, load_weights, train
 from maskdm_fast.train.checkpoint import write_json_atomic
-from maskdm_fast.train.config import format_mask
 from maskdm_fast.train.feed import Feed
 from maskdm_fast.train.generation import generate
 from maskdm_fast.train.runs import default_cache_dir

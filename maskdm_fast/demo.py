@@ -17,6 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from maskdm_fast.data import ImageStore
+from maskdm_fast.diffusion.mask_text import format_mask
 from maskdm_fast.diffusion.masking import BlockMask, NoMask
 from maskdm_fast.eval import (
     FeatureNetwork,
@@ -33,7 +34,7 @@ from maskdm_fast.eval.summary import render_text
 from maskdm_fast.models import CONFIGS, UViTConfig
 from maskdm_fast.train import RunConfig, TrainResult, load_weights, read_metrics, train
 from maskdm_fast.train.checkpoint import write_json_atomic
-from maskdm_fast.train.config import DenoisingConfig, DiffusionConfig, MachineConfig, OutputConfig, format_mask
+from maskdm_fast.train.config import DenoisingConfig, DiffusionConfig, MachineConfig, OutputConfig
 from maskdm_fast.train.extras import require
 from maskdm_fast.train.generation import generate
 from maskdm_fast.train.metrics import git_commit, machine, package_versions

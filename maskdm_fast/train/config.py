@@ -6,17 +6,17 @@ that they keep their meaning when the batch size changes.
 """
 
 import dataclasses
-import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from maskdm_fast.data import LatentScaling
 from maskdm_fast.diffusion import LossWeight, NoiseSchedule, TimestepDraw, make_schedule
 from maskdm_fast.diffusion.mask_schedule import MaskSchedule
-from maskdm_fast.diffusion.mask_text import format_mask, format_mask_schedule, parse_mask, parse_mask_schedule
+from maskdm_fast.diffusion.mask_text import format_mask
 from maskdm_fast.diffusion.masking import Mask, NoMask
 from maskdm_fast.models import CONFIGS, UViTConfig
 from maskdm_fast.random import check_seed
+from maskdm_fast.train.config_json import from_json, to_json
 
 
 @dataclass(frozen=True)
@@ -303,7 +303,7 @@ class RunConfig(SharedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON values; `from_dict` reads it back."""
-        return _to_json(self)
+        return to_json(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RunConfig":
@@ -312,7 +312,7 @@ class RunConfig(SharedConfig):
         Raises:
             ValueError: a key is unknown, as when a later version of the package wrote it.
         """
-        return _from_json(cls, values)
+        return from_json(cls, values)
 
 
 @dataclass(frozen=True)
@@ -346,57 +346,7 @@ _NO_LATENTS = {
     "score_images": _NO_PICTURES,
 }
 
-MAY_CHANGE = ("data", "stage.num_images", "stage.max_seconds", "machine", "output")
-"""What may differ when a run folder is resumed; everything else decides the result and is fixed. The data set may have
-another name: whether it is the same is told by its checksum."""
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Lines ``key: old value -> new value`` for the values that may not change between two `RunConfig.to_dict`
-    results."""
-    old, new = flatten(old), flatten(new)
-    return [
-        f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not f"{key}.".startswith(tuple(f"{name}." for name in MAY_CHANGE))
-    ]
-
 
 def _check(name: str, value: Any, good: bool, want: str) -> None:
     if not good:
         raise ValueError(f"{name} is {value}, want {want}")
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, with keys such as ``stage.lr``."""
-    flat = {}
-    for key, value in values.items():
-        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat
-
-
-def _to_json(value: Any) -> Any:
-    if isinstance(value, Mask):
-        return format_mask(value)
-    if isinstance(value, MaskSchedule):
-        return format_mask_schedule(value)
-    if dataclasses.is_dataclass(value):
-        return {f.name: _to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _from_json(kind: Any, value: Any) -> Any:
-    if kind == Mask:
-        return parse_mask(value)
-    if kind == MaskSchedule:
-        return parse_mask_schedule(value)
-    if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        unknown = value.keys() - {f.name for f in dataclasses.fields(kind)}
-        if unknown:
-            raise ValueError(
-                f"{kind.__name__} has no {', '.join(sorted(unknown))}; another version of the package wrote it"
-            )
-        # Keys that are newer than the file take their defaults.
-        return kind(**{name: _from_json(hints[name], item) for name, item in value.items()})
-    return tuple(value) if isinstance(value, list) else value

@@ -14,7 +14,8 @@ import torch
 
 from maskdm_fast.ops import backend
 from maskdm_fast.ops.work import Work
-from maskdm_fast.train.config import Recipe, RunConfig, flatten
+from maskdm_fast.train.config import Recipe, RunConfig
+from maskdm_fast.train.config_json import flatten
 from maskdm_fast.train.costs import Counts, Part, step_parts, total, visible_counts
 from maskdm_fast.train.hardware import HARDWARE, HERE, Hardware, probe
 from maskdm_fast.train.launches import count_launches

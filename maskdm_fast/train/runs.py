@@ -16,7 +16,8 @@ from maskdm_fast.data import ImageStore, StoreHeader, open_dataset
 from maskdm_fast.models import is_official, load_official
 from maskdm_fast.ops import backend
 from maskdm_fast.train import checkpoint as checkpoints
-from maskdm_fast.train.config import Recipe, RunConfig, differences
+from maskdm_fast.train.config import Recipe, RunConfig
+from maskdm_fast.train.config_json import differences
 from maskdm_fast.train.extras import require
 from maskdm_fast.train.feed import Feed
 from maskdm_fast.train.memory import choose_engine, memory_per_rank

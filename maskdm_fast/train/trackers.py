@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from maskdm_fast.train.config import flatten
+from maskdm_fast.train.config_json import flatten
 from maskdm_fast.train.extras import require
 
 WANDB_ID_NAME = "wandb-id.txt"

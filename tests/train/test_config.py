@@ -4,17 +4,12 @@ from dataclasses import replace
 import pytest
 
 from maskdm_fast.diffusion import LossWeight, TimestepDraw
+from maskdm_fast.diffusion.mask_text import format_mask, parse_mask
 from maskdm_fast.diffusion.masking import BlockMask, CropMask, NoMask, PatchMask
 from maskdm_fast.models import CONFIGS, UViTConfig
 from maskdm_fast.train import PRESETS, Recipe, RunConfig
-from maskdm_fast.train.config import (
-    DenoisingConfig,
-    DiffusionConfig,
-    MachineConfig,
-    differences,
-    format_mask,
-    parse_mask,
-)
+from maskdm_fast.train.config import DenoisingConfig, DiffusionConfig, MachineConfig
+from maskdm_fast.train.config_json import differences
 
 
 def runs_of(name: str) -> list[RunConfig]:

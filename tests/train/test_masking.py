@@ -7,7 +7,8 @@ import pytest
 
 from maskdm_fast.diffusion import BlockMask, CropMask, MaskSchedule, NoMask, PatchMask
 from maskdm_fast.train import RunConfig, checkpoint, read_metrics, train
-from maskdm_fast.train.config import DenoisingConfig, differences
+from maskdm_fast.train.config import DenoisingConfig
+from maskdm_fast.train.config_json import differences
 
 STEPS = MaskSchedule("steps", ((0.25, 16), (0.0, 32)))
 

@@ -1,0 +1,64 @@
+"""Configurations as JSON, and how two of them differ."""
+
+import dataclasses
+import typing
+from typing import Any
+
+from maskdm_fast.diffusion.mask_schedule import MaskSchedule
+from maskdm_fast.diffusion.mask_text import format_mask, format_mask_schedule, parse_mask, parse_mask_schedule
+from maskdm_fast.diffusion.masking import Mask
+
+MAY_CHANGE = ("data", "stage.num_images", "stage.max_seconds", "machine", "output")
+"""What may differ when a run folder is resumed; everything else decides the result and is fixed. The data set may have
+another name: whether it is the same is told by its checksum."""
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Lines ``key: old value -> new value`` for the values that may not change between two `RunConfig.to_dict`
+    results."""
+    old, new = flatten(old), flatten(new)
+    return [
+        f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not f"{key}.".startswith(tuple(f"{name}." for name in MAY_CHANGE))
+    ]
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with keys such as ``stage.lr``."""
+    flat = {}
+    for key, value in values.items():
+        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
+def to_json(value: Any) -> Any:
+    """A configuration as JSON values; masks and their schedules in their text forms."""
+    if isinstance(value, Mask):
+        return format_mask(value)
+    if isinstance(value, MaskSchedule):
+        return format_mask_schedule(value)
+    if dataclasses.is_dataclass(value):
+        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def from_json(kind: Any, value: Any) -> Any:
+    """Read a value of type `kind` that `to_json` wrote; keys that are missing take their defaults.
+
+    Raises:
+        ValueError: a key is unknown.
+    """
+    if kind == Mask:
+        return parse_mask(value)
+    if kind == MaskSchedule:
+        return parse_mask_schedule(value)
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        unknown = value.keys() - {f.name for f in dataclasses.fields(kind)}
+        if unknown:
+            raise ValueError(
+                f"{kind.__name__} has no {', '.join(sorted(unknown))}; another version of the package wrote it"
+            )
+        return kind(**{name: from_json(hints[name], item) for name, item in value.items()})
+    return tuple(value) if isinstance(value, list) else value
