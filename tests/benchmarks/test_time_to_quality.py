@@ -382,5 +382,5 @@ def test_a_step_is_the_trainers_step(world, tmp_path):
     for _ in range(config.stage.num_images // config.stage.batch_size):
         step()
     trained = load_weights(tmp_path / "run").tensors
-    for name, tensor in built[0].state_dict()["ema"].items():
+    for name, tensor in built[0].pieces()["ema"].items():
         assert torch.equal(tensor, trained[name]), name
