@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,21 +20,24 @@ def told(action: Callable[[], Any]) -> str:
     return "nothing"
 
 
-def agree() -> dict[str, Any]:
+def agree(folder: str, machines: int) -> dict[str, Any]:
     """What every way to agree gives, without and with an error in one of the processes."""
     world = make_world("cpu")
-    rank, order = world.rank, []
+    rank = world.rank
 
     def fail_in(who: int) -> int:
         if rank == who:
             raise FileNotFoundError(f"nothing for {who}")
         return 10 + rank
 
-    def one_after_the_other() -> float:
-        if rank == 0:
-            time.sleep(0.3)
-        order.append(time.monotonic())
-        return order[-1]
+    def meet_on_disk() -> list[str]:
+        """Leave a note; the notes that were there before. On two machines the first process waits for the second."""
+        deadline = time.monotonic() + 30
+        while machines == 2 and rank == 0 and not Path(folder, "1").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        found = sorted(path.name for path in Path(folder).iterdir())
+        Path(folder, str(rank)).touch()
+        return found
 
     return {
         "world": [rank, world.world_size, world.local_rank, world.is_main, str(world.device)],
@@ -47,7 +51,7 @@ def agree() -> dict[str, Any]:
             *(told(lambda who=who: world.on_main(lambda: fail_in(who))) for who in (0, 1)),
             *(told(lambda who=who: world.on_each_machine(lambda: fail_in(who))) for who in (0, 1)),
         ],
-        "on_each_machine": [world.on_each_machine(one_after_the_other), len(order)],
+        "on_each_machine": world.on_each_machine(meet_on_disk),
         "mean": world.mean(torch.tensor([1.0 + rank, 1e-9], dtype=torch.float32)).tolist(),
         "smallest": world.smallest(torch.tensor([5 - rank, 3 + rank])).tolist(),
     }

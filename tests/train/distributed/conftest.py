@@ -50,7 +50,9 @@ def server() -> Iterator[Callable[[dict], list[dict]]]:
         def serve(job: dict) -> list[dict]:
             process.stdin.write(json.dumps(job) + "\n")
             process.stdin.flush()
-            return json.loads(process.stdout.readline())
+            answer = process.stdout.readline()
+            assert answer, f"{WORKER.name} has ended; its stderr says why"
+            return json.loads(answer)
 
         yield serve
         process.stdin.close()
@@ -67,7 +69,7 @@ def launch(server, tmp_path) -> Callable[..., list[Ended]]:
         processes: int = 2,
         *,
         faults: dict[int, dict] | None = None,
-        timeout: float = 60.0,
+        timeout: float = 120.0,
         **environment: str,
     ) -> list[Ended]:
         nonlocal number

@@ -85,11 +85,16 @@ def _in_step(action: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, An
     return context
 
 
+def _bug(argument: dict[str, Any]) -> None:
+    raise AttributeError("no such attribute")
+
+
 def _raise(argument: dict[str, Any]) -> None:
     raise torch.OutOfMemoryError(argument["message"])
 
 
 signal_in_step = _in_step(lambda argument: os.kill(os.getpid(), argument["signal"]))
+bug_in_step = _in_step(_bug)
 error_in_step = _in_step(_raise)
 sleep_in_step = _in_step(lambda argument: time.sleep(argument["seconds"]))
 

@@ -1,10 +1,10 @@
 """Processes that die, fail, hang or disagree: the others end soon and say why, and the run goes on from the newest
 whole checkpoint as if nothing had been."""
 
+import functools
 import os
 import re
 import signal
-from dataclasses import replace
 
 import pytest
 
@@ -17,6 +17,12 @@ SOON = 30.0  # seconds; a second on a quiet machine
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # nobody may leave a damaged checkpoint
 
 
+@pytest.fixture
+def make_run(make_run):
+    """10 steps, with a checkpoint after the 5th."""
+    return functools.partial(make_run, num_images=80)
+
+
 def checkpoints(folder):
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
@@ -25,7 +31,7 @@ def goes_on(folder, config, reference, finish, *, step):
     """The newest whole checkpoint is that of `step`, nothing else counts, and the run ends as if undisturbed."""
     assert checkpoint.newest(folder).step == step
     finish(config, folder)
-    assert checkpoints(folder) == [f"step-{step:08d}" for step in (5, 10, 15, 20)]
+    assert checkpoints(folder) == [f"step-{step:08d}" for step in (5, 10)]
     assert far(reference(), folder) < 1e-5
     for which in ("raw", "ema"):
         assert far_weights(reference(), folder, which) < 1e-4
@@ -86,14 +92,14 @@ def test_a_folder_that_the_other_process_does_not_see(make_run, launch, tmp_path
 
 
 @pytest.mark.filterwarnings("default::RuntimeWarning")
-@pytest.mark.parametrize("damage", [lambda path: os.truncate(path, path.stat().st_size // 2), os.unlink])
-def test_a_part_that_is_damaged(make_run, reference, finish, tmp_path, damage):
+def test_a_part_that_is_damaged(make_run, reference, finish, tmp_path):
     config, run = make_run("zero3"), tmp_path / "run"
-    finish(replace(config, stage=replace(config.stage, num_images=120)), run)
-    damage(run / "checkpoints" / "step-00000015" / "optimizer-00001-of-00002.safetensors")
+    finish(config, run)
+    part = run / "checkpoints" / "step-00000010" / "optimizer-00001-of-00002.safetensors"
+    os.truncate(part, part.stat().st_size // 2)
     first, second = finish(config, run)
     assert "falling back to the one before it" in first.log and "falling back" not in second.log
-    assert checkpoints(run) == ["damaged-step-00000015", *(f"step-{step:08d}" for step in (5, 10, 15, 20))]
+    assert checkpoints(run) == ["damaged-step-00000010", "step-00000005", "step-00000010"]
     assert far(reference(), run) < 1e-5
 
 
@@ -122,7 +128,7 @@ def test_a_loss_that_is_not_finite_in_one_process(make_run, launch, tmp_path, en
 
 
 def test_a_process_that_hangs(make_run, reference, launch, finish, tmp_path):
-    config = make_run("ddp", stall_seconds=2.0)
+    config = make_run("ddp", stall_seconds=3.0)
     ended = launch(config, tmp_path / "run", faults={1: {"sleep_in_step": {"step": 7, "seconds": 300}}})
     assert ended[1].code == STALLED_EXIT_CODE, ended[1].log
     assert re.search(r"watchdog of rank 1 of 2 \(.*\): step 8 \(train\) has taken", ended[1].log)

@@ -40,8 +40,7 @@ def test_goes_on_bit_for_bit(make_run, finish, tmp_path, engine):
     finish(config, run, processes, faults=SCALES)
     whole, wanted = bits(run), scales(run)
     assert len(whole[1]) == 3 * processes + 1  # and the loss scale, once
-    for step in (10, 15, 20):
-        shutil.rmtree(run / "checkpoints" / f"step-{step:08d}")
+    shutil.rmtree(run / "checkpoints" / "step-00000020")
     finish(config, run, processes, faults=SCALES)
     assert (bits(run) == whole) is True  # without pytest's comparison of files
     assert scales(run) == wanted

@@ -30,7 +30,7 @@ CASES = [
 
 
 def changes_of(kind, class_folder):
-    return {**KINDS[kind], **({"data": str(class_folder)} if kind == "classes" else {})}
+    return {**KINDS[kind], "checkpoint_images": 160, **({"data": str(class_folder)} if kind == "classes" else {})}
 
 
 @pytest.mark.parametrize(("kind", "engine", "processes", "micro"), CASES)

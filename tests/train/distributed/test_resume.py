@@ -40,16 +40,14 @@ def test_another_engine_and_number_of_processes(make_run, reference, finish, tmp
 @pytest.mark.parametrize(
     ("engine", "precision"),
     [
-        *(("ddp", "fp32"), ("ddp", "bf16"), ("zero1", "bf16"), ("zero2", "fp32")),
-        *(("zero3", "fp32"), ("zero3", "bf16"), ("zero3-offload", "bf16")),
+        *(("ddp", "fp32"), ("zero1", "bf16"), ("zero2", "fp32"), ("zero3", "bf16"), ("zero3-offload", "fp32")),
     ],
 )
 def test_the_same_engine_goes_on_bit_for_bit(make_run, finish, tmp_path, engine, precision):
     config = make_run(engine, precision=precision)
     finish(config, tmp_path / "run")
     whole = bits(tmp_path / "run")
-    for step in (10, 15, 20):
-        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{step:08d}")
-    assert checkpoint.newest(tmp_path / "run").step == 5
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000020")
+    assert checkpoint.newest(tmp_path / "run").step == 15  # in the middle of a mean
     finish(config, tmp_path / "run")
     assert (bits(tmp_path / "run") == whole) is True  # without pytest's comparison of files

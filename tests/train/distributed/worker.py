@@ -15,11 +15,11 @@ message), what it said in the file ``rank-N.txt`` of the logs.
 """
 
 import contextlib
+import gc
 import importlib.util
 import json
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -29,6 +29,7 @@ from typing import Any
 import calls
 import faults
 import torch
+from ports import free_port
 
 from maskdm_fast import cli
 from maskdm_fast.train import RunConfig, train, zero_engine
@@ -44,13 +45,6 @@ PRELOADED = (
     "safetensors.torch",
     "tqdm",
 )
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def launcher_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
@@ -134,6 +128,7 @@ def main() -> None:
     for module in PRELOADED:
         if importlib.util.find_spec(module.split(".")[0]):
             importlib.import_module(module)
+    gc.freeze()  # else the first collection in every child would copy all memory
     for line in sys.stdin:
         print(json.dumps(serve(json.loads(line))), file=answers, flush=True)
     os._exit(0)  # what the libraries do when they are unloaded takes seconds
