@@ -4,7 +4,7 @@ A stage computes losses; an engine turns them into updates. Everything that depe
 processes lies behind `Engine`, one network with its optimizer.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -158,7 +158,7 @@ def make_engine(
 
         return ZeroEngine(name, model, optimizer, settings, world, values or model.state_dict().__getitem__)
     if values is not None:
-        fill(model, values)
+        list(made(model, values))
     if settings.cuda_graph:
         from maskdm_fast.train.cuda_graph import GraphEngine
 
@@ -168,12 +168,14 @@ def make_engine(
     return (PlainEngine if name == "plain" else DataParallelEngine)(model, optimizer, settings, world)
 
 
-@torch.no_grad()
-def fill(model: nn.Module, values: Values) -> None:
-    """Give a model on the meta device memory on the CPU, and its parameters their values."""
-    model.to_empty(device="cpu")
-    for name, parameter in model.named_parameters():
-        parameter.copy_(values(name))
+def made(model: nn.Module, values: Values, dtype: torch.dtype = torch.float32) -> Iterator[nn.Parameter]:
+    """Replace the parameters of a model on the meta device by such with memory on the CPU and their values, one by one
+    as they are asked for: each can be moved or divided before the next one is there."""
+    for prefix, module in model.named_modules():
+        for leaf in [name for name, _ in module.named_parameters(recurse=False)]:
+            value = values(f"{prefix}.{leaf}" if prefix else leaf)
+            setattr(module, leaf, nn.Parameter(value.to(dtype, copy=True)))
+            yield getattr(module, leaf)
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from maskdm_fast.train.engine import DTYPES, EngineSettings, OptimizerSettings, Values, Work, compile_in_place, fill
+from maskdm_fast.train.engine import DTYPES, EngineSettings, OptimizerSettings, Values, Work, compile_in_place, made
 from maskdm_fast.train.extras import require
 from maskdm_fast.train.loss_scale import LossScale
 from maskdm_fast.train.memory import KEPT_VALUES, zero_sizes
@@ -87,11 +87,10 @@ class ZeroEngine:
         config = _config(name, settings, clip, sum(sizes), self.device)
         self._shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
         if self._stage == 3:
-            parts = _OneByOne(model, values, DTYPES[settings.precision])
-            deepspeed.zero.Init(module=parts, config_dict_or_path=config)
-            parts.forget()
+            parameters = _Parameters(made(model, values, DTYPES[settings.precision]))
+            deepspeed.zero.Init(module=parameters, config_dict_or_path=config)
         elif any(param.is_meta for param in model.parameters()):
-            fill(model, values)
+            list(made(model, values))
         compile_in_place(settings.compiled, self.device)
         self._params = dict(model.named_parameters())
         # DeepSpeed clips: a process sees a part of the gradient only.
@@ -264,31 +263,15 @@ class ZeroEngine:
             self._world.timer.add("communication", total / 1e3)
 
 
-class _OneByOne(nn.Module):
-    """A network on the meta device whose parameters get memory one after the other, as they are asked for: so that each
-    can be divided before the next one is there.
+class _Parameters(nn.Module):
+    """What DeepSpeed divides: parameters that are made while it asks for them."""
 
-    Args:
-        model: the network; its parameters are replaced.
-        values: theirs.
-        dtype: of the new ones.
-    """
-
-    def __init__(self, model: nn.Module, values: Values, dtype: torch.dtype) -> None:
+    def __init__(self, parameters: Iterator[nn.Parameter]) -> None:
         super().__init__()
-        self._source = [(model, values, dtype)]  # in a list it is no part of this module
-
-    def forget(self) -> None:
-        """Let go of the values, for DeepSpeed holds this module as long as the parameters live."""
-        self._source.clear()
+        self._iterator = parameters
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        ((model, values, dtype),) = self._source
-        for prefix, module in model.named_modules():
-            for leaf in [name for name, _ in module.named_parameters(recurse=False)]:
-                value = values(f"{prefix}.{leaf}" if prefix else leaf)
-                setattr(module, leaf, nn.Parameter(value.to(dtype, copy=True)))
-                yield getattr(module, leaf)
+        return self._iterator
 
 
 def _import_deepspeed(device: torch.device) -> Any:
