@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # two cores shared with two other processes was three times slower. OpenMP reads this when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     speaker = PROGRAM
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if _is_one_of_several():
         speaker += f" [rank {os.environ.get('RANK')}]"
         # The deepspeed launcher appends it unless told not to; the environment has it, too.
         arguments = [argument for argument in arguments if not argument.startswith("--local_rank=")]
@@ -82,10 +82,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1 if kind == "TrainingDivergedError" else 2
 
 
+def _is_one_of_several() -> bool:
+    """Whether a launcher has started other processes as well."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
 def run() -> NoReturn:
     """`main` as a program."""
     code = main()
-    if code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if code and _is_one_of_several():
         # Nothing may wait for the other processes now: they notice that this one is gone by its closed connections.
         sys.stdout.flush()
         sys.stderr.flush()

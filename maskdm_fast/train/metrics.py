@@ -34,7 +34,8 @@ class Meter:
     """Running means of per-step values over the processes, kept on the device until they are asked for.
 
     Nothing here waits for the device but `check`, `means` and `state_dict`, which all processes must call together.
-    Steps that a loss scale skipped (``skipped`` is 1) count in no mean, and their values need not be finite.
+    Steps that a loss scale skipped (``skipped`` is 1) count in no mean, and their values need not be finite; the scale
+    itself (``loss_scale``) is told as it was last.
 
     Args:
         world: the processes; a value is the mean of theirs.
@@ -45,13 +46,14 @@ class Meter:
         self._names: list[str] = []
         self._sums = self._skips = torch.empty(0)
         self._bad = torch.empty(0, dtype=torch.int64)
+        self._loss_scale: Tensor | None = None
         self._saved: dict[str, float] = {}
         self._count = self._skipped_before = 0
 
     def update(self, values: dict[str, Tensor], step: int) -> None:
         """Add the values (0-d tensors, the same names every time) of step number `step`, counted from 1."""
         values = {name: value.detach() for name, value in values.items()}
-        skipped = values.pop("skipped", None)
+        skipped, self._loss_scale = values.pop("skipped", None), values.pop("loss_scale", None)
         row = torch.stack([value.to(torch.float64) for value in values.values()])
         if not self._names:
             self._names = [*values, *([] if skipped is None else ["skipped"])]
@@ -86,6 +88,8 @@ class Meter:
             self._skipped_before += int(skipped)
             means["skipped_steps"] = self._skipped_before
             self._skips = torch.zeros_like(self._skips)
+        if self._loss_scale is not None:
+            means["loss_scale"] = float(self._loss_scale)
         self._sums, self._count, self._saved = torch.zeros_like(self._sums), 0, {}
         return means
 
