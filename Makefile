@@ -1,7 +1,7 @@
 # make demo      train, sample and score on real images; writes runs/demo/report.html
 # make test      the whole test suite
 # make lint      style of Python and C++
-# make bench     measure ops, train steps and sampling against plain PyTorch; writes benchmarks/results/ and the tables
+# make bench     measure ops, steps, sampling and engines against plain PyTorch; writes benchmarks/results/ and the tables
 # make sanitize  the ops' tests on kernels built with GCC's AddressSanitizer and UndefinedBehaviorSanitizer
 # make budget    compile every CUDA and Triton kernel and write what it uses of a GPU to tests/kernel_budget.json
 # make compute-sanitizer   the tests of the CUDA kernels under NVIDIA's checks of memory and races; needs a GPU
@@ -39,6 +39,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.ops --save $(ARGS)
 	$(BIN)/python -m benchmarks.step --save $(ARGS)
 	$(BIN)/python -m benchmarks.sampling --save $(ARGS)
+	$(BIN)/python -m benchmarks.scaling --save $(ARGS)
 	$(BIN)/python -m benchmarks.predict --save
 	$(BIN)/python -m benchmarks.readme
 

@@ -144,7 +144,7 @@ def test_bench_runs_the_benchmarks_of_a_checkout(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("maskdm_fast.commands.benchmarking.subprocess.run", record)
     assert run("bench", "--json") == 0
     assert commands_run == [
-        *([f"benchmarks.{name}", "--save", "--json"] for name in ("ops", "step", "sampling", "predict")),
+        *([f"benchmarks.{name}", "--save", "--json"] for name in ("ops", "step", "sampling", "scaling", "predict")),
         ["benchmarks.readme"],
     ]
     commands_run.clear()

@@ -17,15 +17,15 @@ from maskdm_fast.train import PRESETS, Recipe, RunConfig
 from maskdm_fast.train.estimate import estimate, hardware_here
 from maskdm_fast.train.hardware import HARDWARE, HERE, NAMES
 
-_BENCHMARKS = ("benchmarks.ops", "benchmarks.step", "benchmarks.sampling", "benchmarks.predict")
+_BENCHMARKS = ("benchmarks.ops", "benchmarks.step", "benchmarks.sampling", "benchmarks.scaling", "benchmarks.predict")
 _ROOT = Path(maskdm_fast.__file__).resolve().parents[1]
 _PRESET = "small64"
 
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """Measure ops, train steps and sampling against plain PyTorch, as `make bench` does; or with --estimate only
-    calculate what a step should cost on named hardware."""
+    """Measure ops, train steps, sampling and engines against plain PyTorch, as `make bench` does; or with --estimate
+    only calculate what a step should cost on named hardware."""
 
     estimate: bool = False
     """Print FLOPs, bytes, launches and expected time of every part of a step, and what bounds it; run no benchmark."""

@@ -123,7 +123,6 @@ class PlainEngine:
             names = reader.names("loss_scale")
             self._loss_scale.load_state_dict({name: reader.tensor("loss_scale", name) for name in names})
 
-
     def close(self) -> None:
         pass  # it goes when nobody refers to it
 

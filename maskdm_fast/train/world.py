@@ -311,4 +311,3 @@ def disconnect() -> None:
     if _control is not None:
         _control = None
         dist.destroy_process_group()
-
