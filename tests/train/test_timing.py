@@ -89,20 +89,11 @@ def test_an_error_passes_through_without_a_wait(timer, monkeypatch):
         raise ZeroDivisionError
 
 
-@pytest.mark.parametrize("armed", [True, False])
-def test_an_unarmed_part_is_cheap(timer, armed):
-    """Six parts per micro-batch must not show beside a step of a millisecond; the bound leaves room for a busy
-    machine."""
-    if armed:
-        timer.arm()
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        for _ in range(10_000):
-            with timer.part("forward"):
-                pass
-        best = min(best, (time.perf_counter() - start) / 10_000)
-    assert best < (20e-6 if armed else 2e-6)
+def test_an_unarmed_part_makes_nothing(timer):
+    """Six parts of every micro-batch must not show beside a step of a millisecond."""
+    assert timer.part("forward") is timer.part("backward")
+    timer.arm()
+    assert timer.part("forward") is not timer.part("backward")
 
 
 def test_every_part_has_a_name_of_its_own(timer):

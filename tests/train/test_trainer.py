@@ -281,11 +281,14 @@ def test_divergence_is_seen_at_log_intervals(make_config, tmp_path):
 
 def test_wall_clock_budget_counts_over_resumes(make_config, tmp_path):
     config = make_config(num_images=None, max_seconds=0.05, checkpoint_images=10**9)
+    start = time.monotonic()
     first = train(config, tmp_path)
-    assert first.reason == "max_seconds" and 0.05 <= first.seconds < 0.5
+    assert first.reason == "max_seconds" and 0.05 <= first.seconds <= time.monotonic() - start
     more = replace(config, stage=replace(config.stage, max_seconds=first.seconds + 0.05))
+    start = time.monotonic()
     second = train(more, tmp_path)
-    assert second.step > first.step and first.seconds + 0.05 <= second.seconds < first.seconds + 0.5
+    assert second.step > first.step
+    assert 0.05 <= second.seconds - first.seconds <= time.monotonic() - start
 
 
 def test_checkpoints_do_not_count_as_training(make_config, tmp_path, monkeypatch):

