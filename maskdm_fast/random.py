@@ -39,6 +39,8 @@ class Stream(enum.IntEnum):
     SUBSET = 10  # which images stand for a data set in an evaluation
     MASK_RATIO = 11  # the share of an image that is masked, where images differ
     UNMASKED = 12  # which images of a masked batch stay whole
+    GENERATOR_STEP = 13  # which step of a few-step generator is trained
+    CRITIC_TIMESTEP = 14  # noise level at which a discriminator looks at images
 
 
 def check_seed(seed: int) -> int:

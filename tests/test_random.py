@@ -166,4 +166,6 @@ def test_streams_keep_their_numbers():
         "SUBSET": 10,
         "MASK_RATIO": 11,
         "UNMASKED": 12,
+        "GENERATOR_STEP": 13,
+        "CRITIC_TIMESTEP": 14,
     }
