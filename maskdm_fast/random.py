@@ -41,6 +41,7 @@ class Stream(enum.IntEnum):
     UNMASKED = 12  # which images of a masked batch stay whole
     GENERATOR_STEP = 13  # which step of a few-step generator is trained
     CRITIC_TIMESTEP = 14  # noise level at which a discriminator looks at images
+    GUIDANCE = 15  # guidance weight of a student that is told it
 
 
 def check_seed(seed: int) -> int:

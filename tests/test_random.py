@@ -168,4 +168,5 @@ def test_streams_keep_their_numbers():
         "UNMASKED": 12,
         "GENERATOR_STEP": 13,
         "CRITIC_TIMESTEP": 14,
+        "GUIDANCE": 15,
     }
