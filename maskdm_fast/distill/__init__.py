@@ -1,0 +1,39 @@
+"""Distillation: one- and few-step generators from diffusion models. One file per method; the mathematics alone.
+
+Score distillation (`SiD`, `SiDA`, `DMD2`) is a `Method`: two losses on three networks. All is written against
+`diffusion.Denoiser`, so that it serves every kind of prediction and every noise schedule.
+"""
+
+from maskdm_fast.distill.critic import Critic, CriticHead
+from maskdm_fast.distill.dmd2 import DMD2
+from maskdm_fast.distill.fake_score import FakeScore
+from maskdm_fast.distill.generator import Generator
+from maskdm_fast.distill.levels import LevelDraw, falling_levels, time_of_level
+from maskdm_fast.distill.method import Alternation, Method, ema_decay
+from maskdm_fast.distill.networks import GuidanceScales, Networks, clean_gradients, frozen
+from maskdm_fast.distill.sid import SiD
+from maskdm_fast.distill.sida import SiDA
+
+METHODS: dict[str, type[SiD | DMD2]] = {"sid": SiD, "sida": SiDA, "dmd2": DMD2}
+"""Score distillation by name."""
+
+__all__ = [
+    "DMD2",
+    "METHODS",
+    "Alternation",
+    "Critic",
+    "CriticHead",
+    "FakeScore",
+    "Generator",
+    "GuidanceScales",
+    "LevelDraw",
+    "Method",
+    "Networks",
+    "SiD",
+    "SiDA",
+    "clean_gradients",
+    "ema_decay",
+    "falling_levels",
+    "frozen",
+    "time_of_level",
+]
