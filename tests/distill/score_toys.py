@@ -96,13 +96,15 @@ SLOTS = torch.arange(4)
 LABELS = torch.tensor([0, 2, 1, -1])
 
 
-def uvit_networks(
-    schedule="cosine", prediction=None, *, same=False, dtype=torch.float64, wrap=lambda model: model, **kw
-):
-    """Three tiny U-ViTs; teacher and fake are the `same` network or two different ones."""
+def unwrapped(model):
+    return model
+
+
+def uvit_networks(schedule="cosine", prediction=None, *, same=False, dtype=torch.float64, wrap=unwrapped, **options):
+    """Three tiny U-ViTs; teacher and fake are the `same` network or two different ones, the latter wrapped."""
     schedule = make_schedule(schedule)
 
-    def denoiser(seed, wrap=lambda model: model):
+    def denoiser(seed, wrap=unwrapped):
         model = UViT(CONFIG, seed=seed)
         with torch.no_grad():
             for parameter in model.parameters():
