@@ -1,16 +1,21 @@
 """Distillation: one- and few-step generators from diffusion models. One file per method; the mathematics alone.
 
-Score distillation (`SiD`, `SiDA`, `DMD2`) is a `Method`: two losses on three networks. All is written against
+Score distillation (`SiD`, `SiDA`, `DMD2`) is a `Method`: two losses on three networks. Guided, progressive and
+consistency distillation are a `Regression`: one loss of a student at the targets of its teacher. All is written against
 `diffusion.Denoiser`, so that it serves every kind of prediction and every noise schedule.
 """
 
+from maskdm_fast.distill.consistency import ConsistencyDistillation, StepMapping, consistency_transitions
 from maskdm_fast.distill.critic import Critic, CriticHead
 from maskdm_fast.distill.dmd2 import DMD2
 from maskdm_fast.distill.fake_score import FakeScore
 from maskdm_fast.distill.generator import Generator
+from maskdm_fast.distill.guided import GuidedDistillation, GuidedNetwork
 from maskdm_fast.distill.levels import LevelDraw, falling_levels, time_of_level
 from maskdm_fast.distill.method import Alternation, Method, ema_decay
 from maskdm_fast.distill.networks import GuidanceScales, Networks, clean_gradients, frozen
+from maskdm_fast.distill.progressive import ProgressiveDistillation, halvings, progressive_transitions
+from maskdm_fast.distill.regression import Regression
 from maskdm_fast.distill.sid import SiD
 from maskdm_fast.distill.sida import SiDA
 
@@ -21,19 +26,28 @@ __all__ = [
     "DMD2",
     "METHODS",
     "Alternation",
+    "ConsistencyDistillation",
     "Critic",
     "CriticHead",
     "FakeScore",
     "Generator",
     "GuidanceScales",
+    "GuidedDistillation",
+    "GuidedNetwork",
     "LevelDraw",
     "Method",
     "Networks",
+    "ProgressiveDistillation",
+    "Regression",
     "SiD",
     "SiDA",
+    "StepMapping",
     "clean_gradients",
+    "consistency_transitions",
     "ema_decay",
     "falling_levels",
     "frozen",
+    "halvings",
+    "progressive_transitions",
     "time_of_level",
 ]
