@@ -71,7 +71,7 @@ class ProgressiveDistillation(Regression):
         ValueError: if `num_steps` is less than 1.
 
     Source: Salimans and Ho, "Progressive Distillation for Fast Sampling of Diffusion Models", ICLR 2022 (arXiv
-    2202.00512), algorithm 2, section 4 and appendix G. With `strengths` and `told_teacher`: stage two of Meng et al.,
+    2202.00512), algorithm 2 and section 4. With `strengths` and `told_teacher`: stage two of Meng et al.,
     "On Distillation of Guided Diffusion Models", CVPR 2023 (arXiv 2210.03142). The mean of two estimates is ours.
     """
 
