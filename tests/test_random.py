@@ -169,4 +169,10 @@ def test_streams_keep_their_numbers():
         "GENERATOR_STEP": 13,
         "CRITIC_TIMESTEP": 14,
         "GUIDANCE": 15,
+        "POLICY_NOISE": 16,
+        "POLICY_UPDATE": 17,
+        "POLICY_RESAMPLE": 18,
+        "TRANSITION_ORDER": 19,
+        "LATENT_NOISE": 20,
+        "LATENT_LEVEL": 21,
     }

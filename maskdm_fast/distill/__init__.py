@@ -1,13 +1,16 @@
 """Distillation: one- and few-step generators from diffusion models. One file per method; the mathematics alone.
 
 Score distillation (`SiD`, `SiDA`, `DMD2`) is a `Method`: two losses on three networks. Guided, progressive and
-consistency distillation are a `Regression`: one loss of a student at the targets of its teacher. All is written against
-`diffusion.Denoiser`, so that it serves every kind of prediction and every noise schedule.
+consistency distillation are a `Regression`: one loss of a student at the targets of its teacher. DxMI trains a policy
+(`make_policy`) and an energy on each other (`update_loss`). All is written against `diffusion.Denoiser`, so that it
+serves every kind of prediction and every noise schedule.
 """
 
 from maskdm_fast.distill.consistency import ConsistencyDistillation, StepMapping, consistency_transitions
 from maskdm_fast.distill.critic import Critic, CriticHead
 from maskdm_fast.distill.dmd2 import DMD2
+from maskdm_fast.distill.dxmi import DxMIConfig, DxMINetworks, adapt_velocity, rollout, update_loss
+from maskdm_fast.distill.dxmi_policy import GaussianPolicy, ddpm_policy, make_policy, ve_policy
 from maskdm_fast.distill.fake_score import FakeScore
 from maskdm_fast.distill.generator import Generator
 from maskdm_fast.distill.guided import GuidedDistillation, GuidedNetwork
@@ -29,7 +32,10 @@ __all__ = [
     "ConsistencyDistillation",
     "Critic",
     "CriticHead",
+    "DxMIConfig",
+    "DxMINetworks",
     "FakeScore",
+    "GaussianPolicy",
     "Generator",
     "GuidanceScales",
     "GuidedDistillation",
@@ -42,12 +48,18 @@ __all__ = [
     "SiD",
     "SiDA",
     "StepMapping",
+    "adapt_velocity",
     "clean_gradients",
     "consistency_transitions",
+    "ddpm_policy",
     "ema_decay",
     "falling_levels",
     "frozen",
     "halvings",
+    "make_policy",
     "progressive_transitions",
+    "rollout",
     "time_of_level",
+    "update_loss",
+    "ve_policy",
 ]
