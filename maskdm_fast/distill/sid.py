@@ -58,6 +58,8 @@ class SiD:
     fake_score: FakeScore = dataclasses.field(default_factory=FakeScore)
     guidance: GuidanceScales = dataclasses.field(default_factory=GuidanceScales)
 
+    input_level = 2.5
+    fake_updates = 1
     needs_images = False
 
     def __post_init__(self):

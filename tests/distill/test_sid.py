@@ -30,6 +30,7 @@ from maskdm_fast.distill.networks import estimate
 from maskdm_fast.ops.flop_formulas import register_flop_formulas
 from maskdm_fast.random import Stream
 from tests.distill.score_toys import CONFIG, LABELS, SLOTS, gradients, uvit_networks
+from tests.train.test_waits import NoWait
 
 DRAW = {"seed": 5, "step": 3, "slots": SLOTS}
 IMAGES = torch.randint(0, 256, (4, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -181,6 +182,23 @@ def test_micro_batches_change_nothing(name):
     for loss in (fake, generator):
         whole, parts = run(loss, [slice(0, 4)]), run(loss, [slice(0, 1), slice(1, 4)])
         torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_nothing_waits_for_the_device(name):
+    """The first update works out constants of the schedule on the host; after that no value is read."""
+    method = METHODS[name](guidance=GuidanceScales(teacher=2.0, label_drop=0.1))
+    networks, labels = networks_of(method, levels=falling_levels(2.5, 2)), LABELS.clamp(min=0)
+
+    def update(step):
+        draw = {**DRAW, "step": step}
+        method.fake_loss(networks, labels, IMAGES, **draw)["loss"].backward()
+        method.generator_loss(networks, labels, **draw, **LATE)["loss"].backward()
+        clean_gradients(networks.fake.model.parameters(), clip=1.0)
+
+    update(0)
+    with NoWait():
+        update(1)
 
 
 class Broken(torch.nn.Module):
