@@ -118,7 +118,7 @@ def noisy_real(
     sigma: Tensor,
     *,
     seed: int,
-    step: int,
+    step: int | Tensor,
     slots: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:

@@ -84,7 +84,7 @@ class DMD2:
         images: Tensor | None = None,
         *,
         seed: int,
-        step: int,
+        step: int | Tensor,
         slots: Tensor,
     ) -> dict[str, Tensor]:
         """See `Method`; also the scalars ``denoising_loss`` and, with a discriminator, ``critic_loss``."""
@@ -105,7 +105,7 @@ class DMD2:
         labels: Tensor | None,
         *,
         seed: int,
-        step: int,
+        step: int | Tensor,
         slots: Tensor,
         images_seen: int = 0,
     ) -> dict[str, Tensor]:
@@ -142,7 +142,7 @@ class DMD2:
         labels: Tensor | None,
         *,
         seed: int,
-        step: int,
+        step: int | Tensor,
         slots: Tensor,
     ) -> Tensor:
         """Per image ``[B]``, from one call on both kinds of images."""

@@ -86,7 +86,7 @@ class FakeBatch:
         labels: Tensor | None,
         *,
         seed: int,
-        step: int,
+        step: int | Tensor,
         slots: Tensor,
     ) -> "FakeBatch":
         """Generate images and noise them; an image that is not finite goes on as it is, and its copy in `xt` as 0."""

@@ -62,7 +62,7 @@ class Generator:
         """Calls of the network for one image, K."""
         return len(self.levels)
 
-    def __call__(self, labels: Tensor | None, *, seed: int, step: int, slots: Tensor) -> Tensor:
+    def __call__(self, labels: Tensor | None, *, seed: int, step: int | Tensor, slots: Tensor) -> Tensor:
         """Images after all K calls, as a sampler makes them; with autograd where it is on.
 
         Image i is a function of (seed, step, slots[i]) and its label.
@@ -70,7 +70,8 @@ class Generator:
         Args:
             labels: int64 ``[B]``, or None.
             seed: of the noise; z comes from `Stream.GENERATOR_NOISE`, eps from `Stream.SAMPLER_NOISE`.
-            step: number of the update; 0 for samples, which have slots of their own.
+            step: number of the update, 0 for samples, which have slots of their own; an int where one of several steps
+                is drawn for training.
             slots: int64 ``[B]``.
 
         Returns:
@@ -78,7 +79,7 @@ class Generator:
         """
         return self._run(labels, self.num_steps, 0, seed=seed, step=step, slots=slots)
 
-    def for_training(self, labels: Tensor | None, *, seed: int, step: int, slots: Tensor) -> Tensor:
+    def for_training(self, labels: Tensor | None, *, seed: int, step: int | Tensor, slots: Tensor) -> Tensor:
         """The images that the losses of update `step` see; arguments and result as of the call."""
         draw = {"seed": seed, "step": step, "slots": slots}
         if self.trained_steps == "all" or self.num_steps == 1:
@@ -90,7 +91,14 @@ class Generator:
         return self._run(labels, last + 1, last, **draw)
 
     def _run(
-        self, labels: Tensor | None, num_calls: int, first_with_grad: int, *, seed: int, step: int, slots: Tensor
+        self,
+        labels: Tensor | None,
+        num_calls: int,
+        first_with_grad: int,
+        *,
+        seed: int,
+        step: int | Tensor,
+        slots: Tensor,
     ) -> Tensor:
         image = None
         for k in range(num_calls):
@@ -109,7 +117,7 @@ class Generator:
                 image = self.denoiser(xt, t, labels)
         return image
 
-    def _noise(self, stream: Stream, *, seed: int, step: int, slots: Tensor) -> Tensor:
+    def _noise(self, stream: Stream, *, seed: int, step: int | Tensor, slots: Tensor) -> Tensor:
         num = math.prod(self.token_shape)
         draws = random.normal(num, seed=seed, stream=stream, step=step, slots=slots, dtype=self.dtype)
         return draws.unflatten(1, self.token_shape)

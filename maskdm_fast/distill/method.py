@@ -31,7 +31,7 @@ class Method(Protocol):
         images: Tensor | None = None,
         *,
         seed: int,
-        step: int,
+        step: int | Tensor,
         slots: Tensor,
     ) -> dict[str, Tensor]:
         """Loss of the fake network; the generator and the teacher get no gradient.
@@ -53,7 +53,14 @@ class Method(Protocol):
         """
 
     def generator_loss(
-        self, networks: Networks, labels: Tensor | None, *, seed: int, step: int, slots: Tensor, images_seen: int
+        self,
+        networks: Networks,
+        labels: Tensor | None,
+        *,
+        seed: int,
+        step: int | Tensor,
+        slots: Tensor,
+        images_seen: int,
     ) -> dict[str, Tensor]:
         """Loss of the generator; teacher and fake hand gradients on and get none. Other arguments as of `fake_loss`.
 

@@ -108,7 +108,9 @@ def unlabelled(labels: Tensor | None) -> Tensor | None:
     return None if labels is None else torch.full_like(labels, -1)
 
 
-def drop_labels(labels: Tensor | None, probability: float, *, seed: int, step: int, slots: Tensor) -> Tensor | None:
+def drop_labels(
+    labels: Tensor | None, probability: float, *, seed: int, step: int | Tensor, slots: Tensor
+) -> Tensor | None:
     """`labels`, each -1 with `probability`."""
     if labels is None or probability == 0.0:
         return labels
@@ -116,7 +118,7 @@ def drop_labels(labels: Tensor | None, probability: float, *, seed: int, step: i
     return labels.masked_fill(u < probability, -1)
 
 
-def add_noise(x0: Tensor, alpha: Tensor, sigma: Tensor, *, seed: int, step: int, slots: Tensor) -> Tensor:
+def add_noise(x0: Tensor, alpha: Tensor, sigma: Tensor, *, seed: int, step: int | Tensor, slots: Tensor) -> Tensor:
     """``alpha x0 + sigma eps`` with eps from `Stream.NOISE`; the gradient goes to `x0`.
 
     Args:

@@ -76,7 +76,7 @@ class SiD:
         images: Tensor | None = None,
         *,
         seed: int,
-        step: int,
+        step: int | Tensor,
         slots: Tensor,
     ) -> dict[str, Tensor]:
         """See `Method`; `images` are not looked at."""
@@ -92,7 +92,7 @@ class SiD:
         labels: Tensor | None,
         *,
         seed: int,
-        step: int,
+        step: int | Tensor,
         slots: Tensor,
         images_seen: int = 0,
     ) -> dict[str, Tensor]:
@@ -127,7 +127,14 @@ class GeneratorView:
 
     @classmethod
     def draw(
-        cls, networks: Networks, levels: LevelDraw, labels: Tensor | None, *, seed: int, step: int, slots: Tensor
+        cls,
+        networks: Networks,
+        levels: LevelDraw,
+        labels: Tensor | None,
+        *,
+        seed: int,
+        step: int | Tensor,
+        slots: Tensor,
     ) -> "GeneratorView":
         """Generate images and noise them."""
         draw = {"seed": seed, "step": step, "slots": slots}

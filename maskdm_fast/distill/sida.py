@@ -65,7 +65,7 @@ class SiDA(SiD):
         images: Tensor | None = None,
         *,
         seed: int,
-        step: int,
+        step: int | Tensor,
         slots: Tensor,
     ) -> dict[str, Tensor]:
         """See `Method`; also the scalars ``denoising_loss`` and ``critic_loss``."""
@@ -96,7 +96,7 @@ class SiDA(SiD):
         labels: Tensor | None,
         *,
         seed: int,
-        step: int,
+        step: int | Tensor,
         slots: Tensor,
         images_seen: int = 0,
     ) -> dict[str, Tensor]:

@@ -201,6 +201,14 @@ def test_nothing_waits_for_the_device(name):
         update(1)
 
 
+def test_the_number_of_the_update_may_be_a_tensor():
+    """As in a captured graph."""
+    method, networks = SiD(), uvit_networks(levels=falling_levels(2.5, 2))
+    draw = {**DRAW, "step": torch.tensor(DRAW["step"])}
+    assert torch.equal(*(method.fake_loss(networks, LABELS, **d)["loss"] for d in (DRAW, draw)))
+    assert torch.equal(*(method.generator_loss(networks, LABELS, **d)["loss"] for d in (DRAW, draw)))
+
+
 class Broken(torch.nn.Module):
     """A network that overflows on the images of class 2."""
 
