@@ -25,18 +25,12 @@ from torch import Tensor
 from benchmarks import harness
 from maskdm_fast import random
 from maskdm_fast.diffusion import Denoiser, DiscreteSchedule
-from maskdm_fast.distill.dxmi import (
-    Draws,
-    DxMIConfig,
-    DxMINetworks,
-    adapt_velocity,
-    draw,
-    rollout,
-    update_loss,
-)
+from maskdm_fast.distill.dxmi import DxMINetworks, update_loss
 from maskdm_fast.distill.dxmi_anomaly import auroc
+from maskdm_fast.distill.dxmi_config import DxMIConfig
 from maskdm_fast.distill.dxmi_networks import PointDenoiser, PointValue
 from maskdm_fast.distill.dxmi_policy import GaussianPolicy, ddpm_policy, generate, make_policy
+from maskdm_fast.distill.dxmi_rollout import Draws, adapt_velocity, draw, rollout
 from maskdm_fast.distill.networks import frozen
 from maskdm_fast.random import Stream
 from maskdm_fast.train.extras import require

@@ -9,8 +9,10 @@ serves every kind of prediction and every noise schedule.
 from maskdm_fast.distill.consistency import ConsistencyDistillation, StepMapping, consistency_transitions
 from maskdm_fast.distill.critic import Critic, CriticHead
 from maskdm_fast.distill.dmd2 import DMD2
-from maskdm_fast.distill.dxmi import DxMIConfig, DxMINetworks, adapt_velocity, rollout, update_loss
+from maskdm_fast.distill.dxmi import DxMINetworks, update_loss
+from maskdm_fast.distill.dxmi_config import DxMIConfig
 from maskdm_fast.distill.dxmi_policy import GaussianPolicy, ddpm_policy, make_policy, ve_policy
+from maskdm_fast.distill.dxmi_rollout import adapt_velocity, rollout
 from maskdm_fast.distill.fake_score import FakeScore
 from maskdm_fast.distill.generator import Generator
 from maskdm_fast.distill.guided import GuidedDistillation, GuidedNetwork

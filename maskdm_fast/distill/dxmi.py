@@ -11,9 +11,10 @@ the tau of the paper) or sums ("total").
 
 One iteration, with one optimizer step per update, in the order of `DxMIConfig.updates`:
 
-    trajectory = rollout(policy, draws, labels)            # without gradient, from the policy as it is
-    s2 = adapt_velocity(s2, trajectory.moves, avr_decay)
-    energy; value at t = T-1, ..., 0; policy, once or more
+    draws = draw(config, shape, seed=seed, step=step, slots=slots)
+    trajectory = rollout(policy, start_std * draws.start, draws.rollout, labels)
+    s2 = adapt_velocity(s2, trajectory.moves, config.avr_decay)
+    for update in config.updates(): update_loss(update, ...), backward, optimizer step
 
 Nothing is propagated through more than one step of the policy: every state that a loss starts from is detached.
 
@@ -25,194 +26,15 @@ NeurIPS 2024.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from maskdm_fast import random
-from maskdm_fast.random import Stream
+from maskdm_fast.distill.dxmi_config import DxMIConfig, Update
+from maskdm_fast.distill.dxmi_rollout import Draws, Policy, Trajectory, Value, act, full_index
 
-Policy = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
-Value = Callable[[Tensor, Tensor], Tensor]
 Scalars = dict[str, Tensor]
-TIME_COSTS = ("sigmoid", "linear", "none")
-TAU_CONVENTIONS = ("per-dimension", "total")
-
-
-@dataclasses.dataclass(frozen=True)
-class Update:
-    """One optimizer step: of which network, and the time (of a value) or the number (of a policy update)."""
-
-    network: Literal["energy", "value", "policy"]
-    index: int = 0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DxMIConfig:
-    """What one iteration of DxMI computes. The defaults are those of the paper for images.
-
-    Args:
-        num_steps: T, steps of the policy.
-        tau_entropy: weight of the entropy, 0 or more.
-        tau_velocity: weight of the squared moves, 0 or more.
-        tau_convention: "per-dimension", what the published code computes, or "total", what the paper writes: the same
-            with D times the tau.
-        skip_last: how many of the last steps of the policy have no running cost in its own loss.
-        entropy_in_value: the value targets hold the entropy of all but the last so many steps; None: of no step.
-        velocity_in_value: likewise for the moves.
-        time_cost: what each step costs in the value targets. sigmoid: ``S(T//2 - t) - S(T//2 - t - 1)`` with the
-            logistic function S; linear: 1; none: 0.
-        time_cost_scale: multiplies the time cost. The paper's linear cost is 0.05 per step.
-        gamma: weight of the squared energies, which bounds them: ``|E| <= 1 / (2 gamma)`` at the optimum.
-        avr_decay: of the running mean of the squared moves, `adapt_velocity`.
-        resample: value targets and the policy's own states: draw x_{t+1} anew instead of taking that of the rollout.
-        num_policy_updates: policy steps in an iteration, 1 to T; each takes one transition of every trajectory, and no
-            transition is taken twice.
-
-    Raises:
-        ValueError: if a value is out of range.
-    """
-
-    num_steps: int
-    tau_entropy: float = 0.1
-    tau_velocity: float = 0.01
-    tau_convention: str = "per-dimension"
-    skip_last: int = 0
-    entropy_in_value: int | None = None
-    velocity_in_value: int | None = None
-    time_cost: str = "sigmoid"
-    time_cost_scale: float = 1.0
-    gamma: float = 1.0
-    avr_decay: float = 0.99
-    resample: bool = False
-    num_policy_updates: int = 1
-
-    def __post_init__(self):
-        if self.num_steps < 1:
-            raise ValueError(f"num_steps is {self.num_steps}, want at least 1")
-        for name in ("tau_entropy", "tau_velocity", "gamma"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, want 0 or more")
-        for name, known in (("tau_convention", TAU_CONVENTIONS), ("time_cost", TIME_COSTS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}, want one of {', '.join(known)}")
-        for name in ("skip_last", "entropy_in_value", "velocity_in_value"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= self.num_steps:
-                raise ValueError(f"{name} is {value}, want 0 to num_steps {self.num_steps}")
-        if not 0 <= self.avr_decay < 1:
-            raise ValueError(f"avr_decay is {self.avr_decay}, want 0 <= avr_decay < 1")
-        if not 1 <= self.num_policy_updates <= self.num_steps:
-            raise ValueError(f"num_policy_updates is {self.num_policy_updates}, want 1 to num_steps {self.num_steps}")
-
-    def updates(self) -> tuple[Update, ...]:
-        """The optimizer steps of one iteration, in order: energy, values backward in time, policy."""
-        values = tuple(Update("value", t) for t in reversed(range(self.num_steps)))
-        return (Update("energy"), *values, *(Update("policy", k) for k in range(self.num_policy_updates)))
-
-    def time_costs(self) -> list[float]:
-        """R(t) for t = 0..T-1."""
-        if self.time_cost == "none":
-            return [0.0] * self.num_steps
-        if self.time_cost == "linear":
-            return [self.time_cost_scale] * self.num_steps
-        ramp = [1.0 / (1.0 + math.exp(t - self.num_steps // 2)) for t in range(self.num_steps + 1)]
-        return [self.time_cost_scale * (ramp[t] - ramp[t + 1]) for t in range(self.num_steps)]
-
-
-@dataclasses.dataclass(frozen=True)
-class Draws:
-    """The random numbers of one iteration.
-
-    Attributes:
-        start: ``[B, ...]``, standard normal, of which x_0 is made.
-        rollout: ``[T, B, ...]``, standard normal, the noise of each step.
-        times: int64 ``[T, B]``: row k holds the time of the transition that policy update k takes of each trajectory;
-            every column is a permutation of 0..T-1.
-        update: ``[num_policy_updates, B, ...]``, standard normal, the noise of the policy updates.
-        resample: ``[T, B, ...]``, standard normal; None unless values are resampled.
-    """
-
-    start: Tensor
-    rollout: Tensor
-    times: Tensor
-    update: Tensor
-    resample: Tensor | None
-
-
-def draw(config: DxMIConfig, shape: tuple[int, ...], *, seed: int, step: int | Tensor, slots: Tensor) -> Draws:
-    """The numbers of one iteration: functions of (seed, step, slot), so that a batch may be cut anywhere.
-
-    Args:
-        config: how many there are.
-        shape: of one x.
-        seed: run seed.
-        step: iteration; a tensor that broadcasts with `slots` draws for many at once.
-        slots: int64 ``[B]``, places in the global batch.
-    """
-    where = {"seed": seed, "step": step, "slots": slots}
-    size, num_steps = math.prod(shape), config.num_steps
-
-    def normal(num: int, stream: Stream) -> Tensor:
-        return random.normal(num * size, stream=stream, **where).unflatten(1, (num, *shape)).transpose(0, 1)
-
-    order = random.bits(num_steps, stream=Stream.TRANSITION_ORDER, **where)
-    return Draws(
-        start=normal(1, Stream.GENERATOR_NOISE)[0],
-        rollout=normal(num_steps, Stream.POLICY_NOISE),
-        times=torch.argsort(order, dim=1, stable=True).transpose(0, 1),
-        update=normal(config.num_policy_updates, Stream.POLICY_UPDATE),
-        resample=normal(num_steps, Stream.POLICY_RESAMPLE) if config.resample else None,
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Trajectory:
-    """What the policy did: no gradient leads into it.
-
-    Attributes:
-        states: ``[T + 1, B, ...]``, x_0 to x_T.
-        log_sigma: ``[T, B]``.
-        labels: int64 ``[B]``, or None.
-    """
-
-    states: Tensor
-    log_sigma: Tensor
-    labels: Tensor | None = None
-
-    @property
-    def moves(self) -> Tensor:
-        """``|x_{t+1} - x_t|^2 / D``, the mean over images, ``[T]``: what `adapt_velocity` averages."""
-        return self.states.diff(dim=0).square().flatten(1).mean(dim=1)
-
-
-def act(policy: Policy, x: Tensor, index: Tensor, labels: Tensor | None, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """One step: ``(mean + sigma noise, log_sigma)``, with gradient to the policy."""
-    mean, log_sigma = policy(x, index, labels)
-    return torch.addcmul(mean, _like(log_sigma.exp(), mean), noise), log_sigma
-
-
-@torch.no_grad()
-def rollout(policy: Policy, start: Tensor, noise: Tensor, labels: Tensor | None = None) -> Trajectory:
-    """Run the policy from ``x_0 = start`` with the `noise` ``[T, B, ...]`` of its steps."""
-    states, log_sigmas = [start], []
-    for t in range(noise.shape[0]):
-        x, log_sigma = act(policy, states[-1], _full(t, start), labels, noise[t])
-        states.append(x)
-        log_sigmas.append(log_sigma)
-    return Trajectory(torch.stack(states), torch.stack(log_sigmas), labels)
-
-
-def adapt_velocity(s2: Tensor, moves: Tensor, decay: float) -> Tensor:
-    """Adaptive velocity regularisation: ``s_t^2 <- decay s_t^2 + (1 - decay) E|x_{t+1} - x_t|^2 / D``, ``[T]``.
-
-    The mean square move is the s_t^2 that makes the bound on the divergence tightest. Once it is reached, the velocity
-    cost per dimension, ``|x_{t+1} - x_t|^2 / (2 D s_t^2)``, is 1/2 at every step.
-    """
-    return torch.lerp(moves.to(s2.dtype), s2, decay)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,12 +53,16 @@ class DxMINetworks:
 
     def energy_of(self, x: Tensor, num_steps: int) -> Tensor:
         """E(x) ``[B]``."""
-        return self.value(x, _full(num_steps, x)) if self.energy is None else self.energy(x)
+        return self.value_at(x, full_index(num_steps, x)) if self.energy is None else _wide(self.energy(x))
+
+    def value_at(self, x: Tensor, index: Tensor) -> Tensor:
+        """V(x, t) of the value network ``[B]``, at least float32: costs are too small for half precision."""
+        return _wide(self.value(x, index))
 
     def value_of(self, x: Tensor, index: Tensor, num_steps: int) -> Tensor:
         """``V^index(x)`` ``[B]`` with ``V^T = E``, for times that may differ between images."""
-        value = self.value(x, index)
-        return value if self.energy is None else torch.where(index == num_steps, self.energy(x), value)
+        value = self.value_at(x, index)
+        return value if self.energy is None else torch.where(index == num_steps, _wide(self.energy(x)), value)
 
 
 def update_loss(
@@ -315,20 +141,20 @@ def value_loss(
         The loss, and ``value/t`` and ``velocity/t``, the velocity cost per dimension without its tau (1/2 at rest).
     """
     x, num_steps = trajectory.states[t], config.num_steps
-    index = _full(t, x)
+    index = full_index(t, x)
     with torch.no_grad():
         after, log_sigma = trajectory.states[t + 1], trajectory.log_sigma[t]
         if config.resample:
             after, log_sigma = act(networks.policy, x, index, trajectory.labels, resample[t])
         entropy, velocity = _running_costs(config, x, after, log_sigma, s2[t])
         last = t + 1 == num_steps
-        target = networks.energy_of(after, num_steps) if last else networks.value(after, index + 1)
+        target = networks.energy_of(after, num_steps) if last else networks.value_at(after, index + 1)
         target = target + config.time_costs()[t]
         for cost, skipped in ((entropy, config.entropy_in_value), (velocity, config.velocity_in_value)):
             if skipped is not None and t < num_steps - skipped:
                 target = target + cost
         half_moves = _mean_square(after - x).mean() / (2.0 * s2[t])
-    value = networks.value(x, index)
+    value = networks.value_at(x, index)
     scalars = {f"value/{t}": value.detach().mean(), f"velocity/{t}": half_moves}
     return _mean((value - target).square(), weight), scalars
 
@@ -383,10 +209,6 @@ def _mean_square(x: Tensor) -> Tensor:
     return x.square().flatten(1).mean(dim=1)
 
 
-def _full(t: int, x: Tensor) -> Tensor:
-    return torch.full((x.shape[0],), t, dtype=torch.int64, device=x.device)
-
-
-def _like(scale: Tensor, x: Tensor) -> Tensor:
-    """``[B]`` to ``[B, 1, ...]`` in the dtype of `x`."""
-    return scale.to(x.dtype).view(-1, *(1,) * (x.ndim - 1))
+def _wide(x: Tensor) -> Tensor:
+    """In at least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskdm_fast import random
-from maskdm_fast.distill.dxmi import DxMIConfig
+from maskdm_fast.distill.dxmi_config import DxMIConfig
 from maskdm_fast.distill.dxmi_networks import TimedMLP
 from maskdm_fast.random import Stream
 

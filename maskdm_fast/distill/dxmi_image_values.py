@@ -89,7 +89,7 @@ class ViTValueConfig:
         image_size: side in pixels, a multiple of `patch_size`.
         patch_size: side P of the patches.
         channels: C.
-        stem: channels of the convolutions before the patches.
+        stem: channels of the first convolution.
         dim: width of the tokens, even and a multiple of `num_heads`.
         depth: blocks.
         num_heads: attention heads.
@@ -117,7 +117,8 @@ class ViTValueConfig:
 
 
 class ViTValue(nn.Module):
-    """A value from transformer blocks: two 3x3 convolutions, patch tokens, blocks, the mean token, one linear value.
+    """A value from transformer blocks: a 3x3 convolution, one that makes a token of every patch with one pixel around
+    it, blocks, the mean token, one linear value, one learned scale and shift.
 
     The norms of the blocks hide how large x is, and a value has to rank noise levels: each token is also given the
     logarithm of the root mean square of its patch. The blocks start as the identity and the value as 0, inside the

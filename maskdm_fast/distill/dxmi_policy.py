@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from maskdm_fast.diffusion import Denoiser, NoiseSchedule
 from maskdm_fast.diffusion.prediction import x0_coefficients
 from maskdm_fast.diffusion.schedule import even_places, karras_levels
-from maskdm_fast.distill.dxmi import Policy, Value
+from maskdm_fast.distill.dxmi_rollout import Policy, Value
 
 _LEAST_STD = 1e-3
 """A step that would add no noise gets this much, so that its logarithm exists."""
@@ -98,7 +98,8 @@ def ddpm_policy(
     0: its first step would multiply x by thousands. About 0.005 to 0.03 is right.
 
     Args:
-        schedule: of the teacher. Its own state may be scaled otherwise (flow, edm).
+        schedule: of the teacher. Its own state may be scaled otherwise (flow, edm). A level that it does not reach is
+            asked for at its nearest time.
         num_steps: T, with the levels of `fastdpm_alpha_bars`; None if `alpha_bars` are given.
         alpha_bars: falling noise, so rising numbers inside (0, 1), instead of `num_steps`.
         std: "posterior", ``sqrt(v)``, or "beta", ``sqrt(1 - a/a')``; neither below 1e-3.
@@ -239,7 +240,7 @@ class GaussianPolicy(nn.Module):
         return torch.cat((self.log_sigma, self.fixed_log_sigma))
 
     def forward(self, x: Tensor, index: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.mean(x, index, labels).to(x.dtype), self.all_log_sigma()[index]
+        return self.mean(x, index, labels).to(x.dtype), self.all_log_sigma()[index].float()
 
 
 def make_policy(denoiser: Denoiser, schedule: PolicySchedule, *, num_fixed: int = 1) -> GaussianPolicy:
@@ -264,7 +265,7 @@ def generate(
         start: x_0 ``[B, ...]``.
         noise: ``[T, B, ...]``, standard normal.
         labels: int64 ``[B]``, or None.
-        value: V, or None if there is no guidance.
+        value: V, or None if there is no guidance. Beside an energy of its own, `DxMINetworks.value_of`.
         value_guidance: useful up to about 0.5.
 
     Returns:

@@ -6,21 +6,11 @@ import math
 import pytest
 import torch
 
-from maskdm_fast.distill.dxmi import (
-    DxMIConfig,
-    DxMINetworks,
-    Trajectory,
-    Update,
-    adapt_velocity,
-    draw,
-    energy_loss,
-    policy_loss,
-    rollout,
-    update_loss,
-    value_loss,
-)
+from maskdm_fast.distill.dxmi import DxMINetworks, energy_loss, policy_loss, update_loss, value_loss
+from maskdm_fast.distill.dxmi_config import DxMIConfig, Update
 from maskdm_fast.distill.dxmi_networks import PointValue, TimedMLP
 from maskdm_fast.distill.dxmi_policy import GaussianPolicy
+from maskdm_fast.distill.dxmi_rollout import Trajectory, adapt_velocity, draw, rollout
 from maskdm_fast.distill.networks import frozen
 
 SLOTS = torch.arange(6)
@@ -84,8 +74,10 @@ def test_the_telescoped_time_cost_is_the_fixed_point_of_the_values():
     """With ``V(x_k) = E(x_T) + S(c - k) - S(c - T)`` and no running cost every value loss is 0."""
     config, num_steps = DxMIConfig(num_steps=10), 10
     states = torch.arange(num_steps + 1.0).view(-1, 1, 1)  # a state that is its own time
-    logistic = lambda x: torch.sigmoid(num_steps // 2 - x)  # noqa: E731
-    value = lambda x, index: 0.3 + logistic(x[:, 0]) - logistic(torch.tensor(10.0))  # noqa: E731
+
+    def value(x, index):
+        return 0.3 + torch.sigmoid(num_steps // 2 - x[:, 0]) - torch.sigmoid(torch.tensor(num_steps / 2 - num_steps))
+
     trajectory = Trajectory(states, torch.zeros(num_steps, 1))
     for t in range(num_steps):
         loss, _ = value_loss(config, DxMINetworks(None, value), trajectory, t, torch.ones(num_steps))
@@ -285,6 +277,17 @@ def test_energy_loss_by_hand_and_weights():
     torch.testing.assert_close(energy_loss(config, networks, data, samples)[0], per_image.mean())
     weight = torch.tensor([1.0, 0, 2, 0, 0, 0])
     torch.testing.assert_close(energy_loss(config, networks, data, samples, weight)[0], (weight * per_image).mean())
+
+
+def test_losses_of_half_precision_values_are_float32():
+    config, networks, batch, _ = setup(separate=True, num_policy_updates=3)
+    half = DxMINetworks(
+        networks.policy, lambda x, index: networks.value(x, index).bfloat16(), lambda x: networks.energy(x).bfloat16()
+    )
+    for update in config.updates():
+        loss, _ = update_loss(update, config, half, **batch)
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss, update_loss(update, config, networks, **batch)[0], rtol=0.05, atol=0.01)
 
 
 @pytest.mark.parametrize(

@@ -6,17 +6,9 @@ import math
 import pytest
 import torch
 
-from maskdm_fast.distill.dxmi import (
-    DxMIConfig,
-    DxMINetworks,
-    Trajectory,
-    adapt_velocity,
-    draw,
-    energy_loss,
-    policy_loss,
-    rollout,
-    value_loss,
-)
+from maskdm_fast.distill.dxmi import DxMINetworks, energy_loss, policy_loss, value_loss
+from maskdm_fast.distill.dxmi_config import DxMIConfig
+from maskdm_fast.distill.dxmi_rollout import Trajectory, adapt_velocity, draw, rollout
 
 DIM, NUM_STEPS, TAU = 2, 3, 0.3
 CURVATURE, CENTRE = 1.7, torch.tensor([0.8, -0.5], dtype=torch.float64)  # E(x) = k/2 |x - m|^2

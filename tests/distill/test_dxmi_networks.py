@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from maskdm_fast import random
-from maskdm_fast.distill.dxmi import DxMINetworks, adapt_velocity, draw, rollout, update_loss
+from maskdm_fast.distill.dxmi import DxMINetworks, update_loss
 from maskdm_fast.distill.dxmi_anomaly import (
     FEATURES,
     AutoencoderEnergy,
@@ -19,6 +19,7 @@ from maskdm_fast.distill.dxmi_anomaly import (
 from maskdm_fast.distill.dxmi_image_values import ResNetValue, ViTValue, ViTValueConfig
 from maskdm_fast.distill.dxmi_networks import PointDenoiser, PointValue
 from maskdm_fast.distill.dxmi_policy import GaussianPolicy
+from maskdm_fast.distill.dxmi_rollout import adapt_velocity, draw, rollout
 from maskdm_fast.distill.networks import frozen
 from maskdm_fast.random import Stream
 
