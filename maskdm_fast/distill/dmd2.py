@@ -116,10 +116,9 @@ class DMD2:
         """
         draw = {"seed": seed, "step": step, "slots": slots}
         view = GeneratorView.draw(networks, self.levels, labels, **draw)
-        xt = view.xt.detach()
         with torch.no_grad():
-            teacher = estimate(networks.teacher, xt, view.t, labels, self.guidance.teacher)
-            fake = estimate(networks.fake, xt, view.t, labels, self.guidance.fake)
+            teacher = estimate(networks.teacher, view.xt, view.t, labels, self.guidance.teacher)
+            fake = estimate(networks.fake, view.xt, view.t, labels, self.guidance.fake)
         matching = view.loss(teacher, fake, self.weighting, 0.0) / view.images.shape[1:].numel()
         scalars = {"matching_loss": matching.detach().mean()}
         if not self.needs_images:

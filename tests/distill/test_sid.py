@@ -8,7 +8,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from maskdm_fast import random
-from maskdm_fast.diffusion import Denoiser, Guidance, make_schedule
+from maskdm_fast.diffusion import Denoiser, make_schedule
 from maskdm_fast.distill import (
     DMD2,
     METHODS,
@@ -24,7 +24,6 @@ from maskdm_fast.distill import (
     clean_gradients,
     falling_levels,
     frozen,
-    time_of_level,
 )
 from maskdm_fast.distill.networks import estimate
 from maskdm_fast.ops.flop_formulas import register_flop_formulas
@@ -271,104 +270,6 @@ def test_clean_gradients():
     assert parameter.grad.tolist() == [0.0, 1e5, -1e5, 2.0]
     clean_gradients([parameter], clip=1.0)
     assert parameter.grad.tolist() == [0.0, 1.0, -1.0, 1.0]
-
-
-@pytest.mark.parametrize("schedule", ["linear", "cosine", "vp", "flow", "edm"])
-def test_a_generator_begins_as_its_teacher(schedule):
-    """x_g = f(sigma z, t) at sigma/alpha = 2.5."""
-    networks = uvit_networks(schedule, dtype=torch.float32)
-    generator = dataclasses.replace(networks.generator, denoiser=networks.teacher)
-    z = random.normal(4 * 48, stream=Stream.GENERATOR_NOISE, **DRAW).view(4, 4, 48)
-    t = torch.tensor([time_of_level(networks.teacher.schedule, 2.5)]).expand(4)
-    sigma = networks.teacher.schedule.alpha_sigma(t)[1][:, None, None]
-    torch.testing.assert_close(generator(LABELS, **DRAW), networks.teacher(sigma * z, t, LABELS), rtol=1e-4, atol=1e-4)
-
-
-def test_few_steps():
-    levels = falling_levels(2.5, 3)
-    networks = uvit_networks("edm", levels=levels)
-    generator = networks.generator
-    schedule = generator.denoiser.schedule
-    x = torch.zeros(4, 4, 48, dtype=torch.float64)
-    for k, level in enumerate(levels):
-        stream, step = (Stream.SAMPLER_NOISE, 3 * 3 + k) if k else (Stream.GENERATOR_NOISE, 3)
-        noise = random.normal(192, seed=5, stream=stream, step=step, slots=SLOTS, dtype=torch.float64).view(4, 4, 48)
-        t = torch.full((4,), level, dtype=torch.float64)
-        alpha, sigma = (scale[:, None, None] for scale in schedule.alpha_sigma(t))
-        x = generator.denoiser(alpha * x + sigma * noise, t, LABELS)
-    # The sinusoids of the time are float32.
-    torch.testing.assert_close(generator(LABELS, **DRAW), x, rtol=1e-4, atol=1e-5)
-    assert torch.equal(generator.for_training(LABELS, **DRAW), generator(LABELS, **DRAW))
-
-
-def test_the_mixture_trains_one_step_at_a_time():
-    networks = uvit_networks("edm", levels=falling_levels(2.5, 3), trained_steps="one")
-    calls = []
-    student = networks.generator.denoiser.model
-    student.register_forward_hook(lambda module, inputs, out: calls.append(out.requires_grad))
-    seen, images = set(), {}
-    for step in range(24):
-        calls.clear()
-        image = networks.generator.for_training(LABELS, seed=5, step=step, slots=SLOTS)
-        assert calls == [False] * (len(calls) - 1) + [True] and image.requires_grad
-        # A part of the batch takes the same step, and the same images.
-        part = networks.generator.for_training(LABELS[2:], seed=5, step=step, slots=SLOTS[2:])
-        torch.testing.assert_close(part, image[2:])
-        seen.add(len(calls) // 2)
-        images[step] = image
-    assert seen == {1, 2, 3}
-    SiD().generator_loss(networks, LABELS, **DRAW)["loss"].backward()
-    assert all(grad is not None for name, grad in gradients(student).items())
-
-
-def test_guidance_of_each_network():
-    networks = uvit_networks()
-    labels = LABELS.clamp(min=0)
-    scales = GuidanceScales(teacher=2.0, fake=0.0, fake_training=1.5)
-    method = SiD(weighting="none", scale=1.0, alpha=0.5, guidance=scales)
-    result = method.generator_loss(networks, labels, **DRAW)
-    x_g, t = networks.generator(labels, **DRAW), result["t"]
-    alpha, sigma = (scale.double()[:, None, None] for scale in networks.teacher.schedule.alpha_sigma(t))
-    eps = random.normal(192, stream=Stream.NOISE, dtype=torch.float64, **DRAW).view(4, 4, 48)
-    xt, none = alpha * x_g + sigma * eps, torch.full_like(labels, -1)
-    teacher = 2 * networks.teacher(xt, t, labels) - networks.teacher(xt, t, none)
-    fake = networks.fake(xt, t, none)
-    # With alpha 1/2 the loss is half the difference of two denoising losses.
-    want = 0.5 * ((teacher - x_g).square() - (fake - x_g).square()).sum((1, 2))
-    torch.testing.assert_close(result["loss_per_image"], want.detach())
-    torch.testing.assert_close(result["distance_per_image"], (teacher - fake).square().mean((1, 2)).detach())
-
-    result = method.fake_loss(networks, labels, **DRAW)
-    alpha, sigma = (scale.double()[:, None, None] for scale in networks.fake.schedule.alpha_sigma(result["t"]))
-    xt = alpha * x_g + sigma * eps
-    guided = networks.fake(xt, result["t"], labels, Guidance(1.5))
-    weight = (alpha / sigma).square() + 4
-    torch.testing.assert_close(result["loss_per_image"], (weight * (guided - x_g).square()).sum((1, 2)).detach())
-
-
-def test_guidance_modes():
-    assert GuidanceScales.of_mode("none") == GuidanceScales()
-    assert GuidanceScales.of_mode("teacher", 3.0) == GuidanceScales(teacher=3.0)
-    assert GuidanceScales.of_mode("lsg", 1.5) == GuidanceScales(1.5, 1.5, 1.5, 0.1)
-    assert GuidanceScales.of_mode("zero") == GuidanceScales(1.0, 0.0, 0.0)
-    for mode, scale, message in (
-        ("long", 2.0, "unknown guidance mode 'long', want one of none, teacher, lsg, zero"),
-        ("zero", 2.0, "guidance mode 'zero' has no scale, but 2.0 was given; want teacher or lsg"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            GuidanceScales.of_mode(mode, scale)
-
-
-def test_dropped_labels_go_to_the_fake_network_alone():
-    seen = []
-    networks = uvit_networks()
-    for denoiser in (networks.generator.denoiser, networks.fake):
-        denoiser.model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[3]))
-    labels, slots = torch.full((64,), 1), torch.arange(64)
-    SiD(guidance=GuidanceScales(label_drop=0.5)).fake_loss(networks, labels, seed=5, step=3, slots=slots)
-    of_generator, of_fake = seen
-    assert torch.equal(of_generator, labels)
-    assert 16 < (of_fake == -1).sum() < 48 and set(of_fake.tolist()) == {1, -1}
 
 
 def test_alpha_takes_off_the_distance():
