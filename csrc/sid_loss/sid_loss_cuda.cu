@@ -10,7 +10,7 @@
 // not begin on a boundary of 16 bytes, common/value_parts.h says what goes one by one.
 //
 // Bytes, float32: 12 a value forward (16 with xt) and 24 backward, 32 more for every 1024 values. About 7 FLOPs a value
-// forward and 11 backward.
+// forward and 14 backward.
 //
 // Must hold: all tensors are contiguous; fewer than 2^31 blocks.
 #include "sid_loss/sid_loss.h"

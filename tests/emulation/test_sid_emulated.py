@@ -13,34 +13,23 @@ from maskdm_fast.testing import draw
 ALL = torch.float32, torch.float16, torch.bfloat16
 
 
-def _in_every_order(operators, run):
-    """The result of `run`, after comparing it bit for bit between the orders of blocks and threads."""
-    results = []
-    for order in (0, 1, 2):
-        operators.set_order(order, 5)
-        results.append(run())
-    for other in results[1:]:
-        assert all(torch.equal(other[name], value) for name, value in results[0].items())
-    return results[0]
-
-
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", ALL, ids=str)
 @pytest.mark.parametrize("weighting", ["l1", "l1_xt"])
-def test_images_over_several_blocks(emulated, weighting, dtype, reduction):
+def test_images_over_several_blocks(in_every_order, weighting, dtype, reduction):
     """Three blocks an image; all images but the first begin between two boundaries."""
     case = cases.Case("blocks", (3, 7, 349), weighting=weighting, reduction=reduction, bad=(0.0, float("nan")))
     inputs = cases.make_inputs(case, dtype, "cpu", seed=3)
-    _in_every_order(emulated, lambda: testing.check_parity(cases, inputs, "cpu"))
+    in_every_order(lambda: testing.check_parity(cases, inputs, "cpu"))
 
 
 @pytest.mark.parametrize("num_images", [31, 32, 33, 70])
-def test_more_images_than_warps(emulated, num_images):
+def test_more_images_than_warps(in_every_order, num_images):
     """Four images a block, or all in one block of 32 warps."""
     for reduction in ("mean", "none"):
         case = cases.Case("images", (num_images, 5), reduction=reduction)
         inputs = cases.make_inputs(case, torch.float32, "cpu", seed=4)
-        _in_every_order(emulated, lambda inputs=inputs: testing.check_parity(cases, inputs, "cpu"))
+        in_every_order(lambda inputs=inputs: testing.check_parity(cases, inputs, "cpu"))
 
 
 @pytest.mark.parametrize("moved", ["generated", "teacher", "fake", "xt"])

@@ -12,7 +12,7 @@ taken in an order that depends on the shapes only. The gradient kernel takes the
 gradients that are wanted, rounded once.
 
 Bytes, for values of s bytes: 3 s M forward (4 s M with xt) and 6 s M backward an image, and 32 a program. About 7 FLOPs
-a value forward and 11 backward.
+a value forward and 9 backward.
 
 Must hold: all tensors are contiguous.
 """
