@@ -96,7 +96,7 @@ def sample(
     token_shape = ((image_size // patch_size) ** 2, patch_size**2 * channels)
     images = torch.empty(num_images, image_size, image_size, channels, dtype=torch.float32 if as_float else torch.uint8)
     total = -(-num_images // batch_size) * len(transitions)
-    with _eval_mode(denoiser.model), torch.inference_mode():
+    with eval_mode(denoiser.model), torch.inference_mode():
         times = [transition.t for transition in transitions]
         levels = denoiser.levels(times, Guidance(guidance, guidance_interval))
         # The noise of the first level; that of the image is too small there to matter.
@@ -132,7 +132,7 @@ def _noise(token_shape: tuple[int, int], *, seed: int, stream: Stream, step: int
 
 
 @contextlib.contextmanager
-def _eval_mode(model: Callable) -> Iterator[None]:
+def eval_mode(model: Callable) -> Iterator[None]:
     """Put every module of `model` into eval mode, and each back into its own afterwards."""
     training = [module for module in model.modules() if module.training] if isinstance(model, nn.Module) else []
     for module in training:

@@ -14,7 +14,7 @@ from maskdm_fast.distill.dxmi_config import DxMIConfig
 from maskdm_fast.distill.dxmi_policy import GaussianPolicy, ddpm_policy, make_policy, ve_policy
 from maskdm_fast.distill.dxmi_rollout import adapt_velocity, rollout
 from maskdm_fast.distill.fake_score import FakeScore
-from maskdm_fast.distill.generator import Generator
+from maskdm_fast.distill.generator import Generator, generate
 from maskdm_fast.distill.guided import GuidedDistillation, GuidedNetwork
 from maskdm_fast.distill.levels import LevelDraw, falling_levels, time_of_level
 from maskdm_fast.distill.method import Alternation, Method, ema_decay
@@ -57,6 +57,7 @@ __all__ = [
     "ema_decay",
     "falling_levels",
     "frozen",
+    "generate",
     "halvings",
     "make_policy",
     "progressive_transitions",

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from maskdm_fast import random
-from maskdm_fast.diffusion import Denoiser
+from maskdm_fast.diffusion import Denoiser, unpatchify
+from maskdm_fast.diffusion.samplers import eval_mode
 from maskdm_fast.distill.levels import time_of_level
 from maskdm_fast.random import Stream
 
@@ -121,3 +122,61 @@ class Generator:
         num = math.prod(self.token_shape)
         draws = random.normal(num, seed=seed, stream=stream, step=step, slots=slots, dtype=self.dtype)
         return draws.unflatten(1, self.token_shape)
+
+
+def generate(
+    generator: Generator,
+    *,
+    num_images: int,
+    image_size: int,
+    channels: int,
+    patch_size: int,
+    seed: int,
+    first_slot: int = 0,
+    labels: Tensor | None = None,
+    batch_size: int,
+    as_float: bool = False,
+) -> Tensor:
+    """Generate images, as `diffusion.sample` does with a teacher; image i depends on (seed, first_slot + i) and its
+    label alone.
+
+    Args:
+        generator: the student; the images are made on its device, in eval mode and without autograd.
+        num_images: how many.
+        image_size: side in pixels.
+        channels: C.
+        patch_size: side P of the patches of the network.
+        seed: of the noise.
+        first_slot: slot of the first image; later calls go on with ``first_slot + num_images``.
+        labels: int64 ``[num_images]``, or None.
+        batch_size: images per evaluation of the network.
+        as_float: return float32 in about [-1, 1] instead of uint8.
+
+    Returns:
+        On the CPU, ``[num_images, image_size, image_size, C]``: uint8 ``round((x + 1) * 127.5)``, or float32.
+
+    Raises:
+        ValueError: if a number is less than 1, `labels` has another length, or the generator makes other images.
+    """
+    for name, value in {"num_images": num_images, "batch_size": batch_size, "patch_size": patch_size}.items():
+        if value < 1:
+            raise ValueError(f"generate: {name} is {value}, want at least 1")
+    token_shape = ((image_size // patch_size) ** 2, patch_size**2 * channels)
+    if image_size % patch_size or token_shape != generator.token_shape:
+        raise ValueError(
+            f"generate: images of {image_size} px, {channels} channels and patch_size {patch_size} have "
+            f"{list(token_shape)} tokens and values, but the generator makes {list(generator.token_shape)}"
+        )
+    if labels is not None and labels.shape != (num_images,):
+        raise ValueError(f"generate: labels has shape {list(labels.shape)}, want [{num_images}], one per image")
+    device = generator.denoiser.device
+    images = torch.empty(num_images, image_size, image_size, channels, dtype=torch.float32 if as_float else torch.uint8)
+    with eval_mode(generator.denoiser.model), torch.inference_mode():
+        for start in range(0, num_images, batch_size):
+            end = min(start + batch_size, num_images)
+            slots = torch.arange(first_slot + start, first_slot + end, device=device)
+            of_batch = None if labels is None else labels[start:end].to(device)
+            x = generator(of_batch, seed=seed, step=0, slots=slots)
+            pixels = unpatchify(x, patch_size, image_size, image_size, channels).permute(0, 2, 3, 1)
+            images[start:end] = pixels if as_float else ((pixels + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return images

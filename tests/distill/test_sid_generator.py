@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from maskdm_fast import random
-from maskdm_fast.distill import SiD, falling_levels, time_of_level
+from maskdm_fast.diffusion import patchify
+from maskdm_fast.distill import SiD, falling_levels, generate, time_of_level
 from maskdm_fast.random import Stream
 from tests.distill.score_toys import LABELS, SLOTS, gradients, uvit_networks
 
@@ -59,3 +60,29 @@ def test_the_mixture_trains_one_step_at_a_time():
     assert seen == {1, 2, 3}
     SiD().generator_loss(networks, LABELS, **DRAW)["loss"].backward()
     assert all(grad is not None for name, grad in gradients(student).items())
+
+
+def test_images_do_not_depend_on_the_batch():
+    networks = uvit_networks(dtype=torch.float32, levels=falling_levels(2.5, 2))
+    shape = {"image_size": 8, "channels": 3, "patch_size": 4, "seed": 7}
+    labels = torch.arange(5) % 3
+    images = generate(networks.generator, num_images=5, labels=labels, batch_size=5, as_float=True, **shape)
+    want = networks.generator(labels, seed=7, step=0, slots=torch.arange(5)).detach()
+    torch.testing.assert_close(patchify(images.permute(0, 3, 1, 2), 4), want)
+    part = generate(networks.generator, num_images=3, first_slot=2, labels=labels[2:], batch_size=2, **shape)
+    assert part.dtype == torch.uint8
+    torch.testing.assert_close(part, ((images[2:] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8), rtol=0, atol=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_images": 0}, "generate: num_images is 0, want at least 1"),
+        ({"image_size": 16}, r"images of 16 px, 3 channels and patch_size 4 have \[16, 48\] tokens"),
+        ({"labels": torch.zeros(2, dtype=torch.int64)}, r"labels has shape \[2\], want \[5\], one per image"),
+    ],
+)
+def test_generate_refuses(changes, message):
+    given = {"num_images": 5, "image_size": 8, "channels": 3, "patch_size": 4, "seed": 7, "batch_size": 5}
+    with pytest.raises(ValueError, match=message):
+        generate(uvit_networks().generator, **given | changes)
