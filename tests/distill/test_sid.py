@@ -208,6 +208,23 @@ def test_the_number_of_the_update_may_be_a_tensor():
     assert torch.equal(*(method.generator_loss(networks, LABELS, **d)["loss"] for d in (DRAW, draw)))
 
 
+@pytest.mark.parametrize("name", list(METHODS))
+def test_under_autocast(name):
+    """The networks compute in bfloat16, estimates and losses stay in float32."""
+    method = METHODS[name]()
+    for update in ("fake_loss", "generator_loss"):
+        networks, losses = networks_of(method, dtype=torch.float32), []
+        for enabled in (False, True):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                if update == "fake_loss":
+                    losses.append(method.fake_loss(networks, LABELS, IMAGES, **DRAW)["loss"])
+                else:
+                    losses.append(method.generator_loss(networks, LABELS, **DRAW, **LATE)["loss"])
+        assert all(loss.dtype == torch.float32 for loss in losses)
+        torch.testing.assert_close(*losses, rtol=0.2, atol=0)
+        losses[1].backward()
+
+
 class Broken(torch.nn.Module):
     """A network that overflows on the images of class 2."""
 
