@@ -172,3 +172,16 @@ def test_the_mean_over_no_images_is_nan():
     none = torch.zeros(0, 3, 4)
     for backend in BACKENDS:
         assert ops.sid_loss(none, none, none, backend=backend).isnan()
+
+
+def test_compiles_where_some_gradients_are_not_wanted():
+    torch._dynamo.reset()
+    given = inputs_of("l1_xt", dtype=torch.float32) | {"weight": None, "reduction": "mean"}
+    given["teacher"] = given["teacher"].detach()
+    compiled = torch.compile(ops.sid_loss, fullgraph=True, backend="aot_eager")
+    leaves = given["generated"], given["fake"]
+    results = []
+    for function in (ops.sid_loss, compiled):
+        loss = function(**given)
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
+    assert all(map(torch.equal, *results))
