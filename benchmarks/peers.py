@@ -124,6 +124,26 @@ def masked_dsm_loss(case: Any, place: Place = HERE) -> Iterator[Task]:
     yield with_gradients("masked_dsm_loss", case.name, work, ours, peers, (pred,), to_compile=("square",))
 
 
+def sid_loss(case: Any, place: Place = HERE) -> Iterator[Task]:
+    inputs = place.inputs("sid_loss", case)
+    leaves, alpha = tuple(inputs[name] for name in ("generated", "teacher", "fake")), inputs["alpha"]
+
+    def ours(*leaves: Tensor) -> Tensor:
+        return ops.sid_loss(*leaves, alpha=alpha)
+
+    def as_written(generated: Tensor, teacher: Tensor, fake: Tensor) -> Tensor:
+        """As the formula is written, which keeps an image that is not finite."""
+        teacher = teacher.float()
+        d, e = teacher - fake, teacher - generated
+        size = e.detach().flatten(1).abs().mean(1).clamp(min=1e-5)
+        return ((d * (e - alpha * d)).flatten(1).mean(1) / size).mean()
+
+    cost, shape = _cost("sid_loss"), (case.shape[0], leaves[0].numel(), place.item)
+    work = cost.forward(*shape, weighted=False, mean=True, of_xt=False) + cost.backward(*shape, mean=True)
+    peers = {"as_written": as_written}
+    yield with_gradients("sid_loss", case.name, work, ours, peers, leaves, to_compile=("as_written",))
+
+
 def gather_tokens(case: Any, place: Place = HERE) -> Iterator[Task]:
     inputs = place.inputs("gather_tokens", case)
     x, base, ids_keep = inputs["x"], inputs["base"], inputs["ids_keep"]
@@ -184,6 +204,7 @@ BUILDERS: dict[str, Callable[..., Iterator[Task]]] = {
     "gelu": gelu,
     "linear": linear,
     "masked_dsm_loss": masked_dsm_loss,
+    "sid_loss": sid_loss,
     "adamw_ema": adamw_ema,
     "lamb_ema": lamb_ema,
 }
@@ -196,6 +217,7 @@ _EMPTY: dict[str, dict[str, Any]] = {
     "gelu": {"shape": (0, 4)},
     "linear": {"rows": (0,)},
     "masked_dsm_loss": {"lengths": ()},
+    "sid_loss": {"shape": (0, 4)},
     "adamw_ema": {"shapes": ((0,),)},
     "lamb_ema": {"shapes": ((0,),)},
 }

@@ -121,6 +121,7 @@ def _measured(op: str) -> list[Any]:
     smaller: dict[str, dict[str, Any]] = {
         "noise_visible_patches": {"num_images": _NUM_IMAGES},
         "gather_tokens": {"num_images": _NUM_IMAGES, "num_tokens": 256, "num_visible": 26},
+        "sid_loss": {"shape": (_NUM_IMAGES, 64, 48)},
         "adamw_ema": {"shapes": ((64, 64), (64,))},
         "lamb_ema": {"shapes": ((64, 64), (64,))},
     }
@@ -140,6 +141,13 @@ _VARIATIONS: dict[str, tuple[dict[str, Any], ...]] = {
     ),
     "gather_tokens": ({"packed": True},),
     "masked_dsm_loss": ({"packed": True}, {"kind": "l1"}, {"kind": "huber"}, {"reduction": "none"}),
+    "sid_loss": (
+        {"weighted": True},
+        {"weighting": "none"},
+        {"weighting": "l1_xt"},
+        {"weighting": "l1_xt", "levels": False},
+        {"reduction": "none"},
+    ),
     "adamw_ema": ({"copy": "bfloat16"}, {"clipped": False}, {"in_memory": True, "found_inf": 0.0}),
     "lamb_ema": ({"copy": "bfloat16"}, {"clipped": False}, {"in_memory": True, "found_inf": 0.0}),
 }

@@ -39,6 +39,15 @@ class Stream(enum.IntEnum):
     SUBSET = 10  # which images stand for a data set in an evaluation
     MASK_RATIO = 11  # the share of an image that is masked, where images differ
     UNMASKED = 12  # which images of a masked batch stay whole
+    GENERATOR_STEP = 13  # which step of a few-step generator is trained
+    CRITIC_TIMESTEP = 14  # noise level at which a discriminator looks at images
+    GUIDANCE = 15  # guidance weight of a student that is told it
+    POLICY_NOISE = 16  # noise of a policy of few steps: its rollout
+    POLICY_UPDATE = 17  # noise of the single steps on which such a policy is improved
+    POLICY_RESAMPLE = 18  # noise of next states drawn anew for value targets
+    TRANSITION_ORDER = 19  # which step of each trajectory a policy update takes
+    LATENT_NOISE = 20  # noise on the latents of data that a sampler starts from
+    LATENT_LEVEL = 21  # standard deviation of that noise
 
 
 def check_seed(seed: int) -> int:

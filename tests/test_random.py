@@ -166,4 +166,13 @@ def test_streams_keep_their_numbers():
         "SUBSET": 10,
         "MASK_RATIO": 11,
         "UNMASKED": 12,
+        "GENERATOR_STEP": 13,
+        "CRITIC_TIMESTEP": 14,
+        "GUIDANCE": 15,
+        "POLICY_NOISE": 16,
+        "POLICY_UPDATE": 17,
+        "POLICY_RESAMPLE": 18,
+        "TRANSITION_ORDER": 19,
+        "LATENT_NOISE": 20,
+        "LATENT_LEVEL": 21,
     }

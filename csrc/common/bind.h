@@ -37,6 +37,19 @@ inline const T* data_of(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
 }
 
+// A value of a tensor in the accumulation type of `dtype`.
+inline double read_accumulated(DType dtype, const char* values, int64_t index) {
+  return dtype == DType::f64 ? reinterpret_cast<const double*>(values)[index]
+                             : reinterpret_cast<const float*>(values)[index];
+}
+inline void write_accumulated(DType dtype, char* values, int64_t index, double value) {
+  if (dtype == DType::f64) {
+    reinterpret_cast<double*>(values)[index] = value;
+  } else {
+    reinterpret_cast<float*>(values)[index] = static_cast<float>(value);
+  }
+}
+
 // The segments of a tensor [B, K, ...], or of a packed one [T, ...] with cu_seqlens [B + 1].
 inline Segments segments_of(const char* op, const Tensor& tokens, const std::optional<Tensor>& cu_seqlens) {
   if (!cu_seqlens.has_value()) return {tokens.size(0), tokens.size(1), nullptr};

@@ -7,6 +7,7 @@
 #include "masked_attention/schema.h"
 #include "masked_dsm_loss/schema.h"
 #include "noise_visible_patches/schema.h"
+#include "sid_loss/schema.h"
 
 namespace maskdm {
 namespace {
@@ -31,6 +32,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(maskdm_fast_emulated, m) {
   m.def(maskdm::kMaskedDsmLossFwdSchema);
   m.def(maskdm::kMaskedDsmLossBwdSchema);
   m.def(maskdm::kNoiseVisiblePatchesFwdSchema);
+  m.def(maskdm::kSidLossFwdSchema);
+  m.def(maskdm::kSidLossBwdSchema);
   m.def("set_order(int order, int seed) -> ()");
   m.def("planted(str kernel, Tensor x) -> Tensor");
 }

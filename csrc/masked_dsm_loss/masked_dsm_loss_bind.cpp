@@ -29,19 +29,6 @@ void run(void (*kernel)(const LossArgs&, int64_t, int64_t), const LossArgs& args
            [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
-// A value of a tensor in the accumulation type of `dtype`.
-double read(DType dtype, const char* values, int64_t index) {
-  return dtype == DType::f64 ? reinterpret_cast<const double*>(values)[index]
-                             : reinterpret_cast<const float*>(values)[index];
-}
-void write(DType dtype, char* values, int64_t index, double value) {
-  if (dtype == DType::f64) {
-    reinterpret_cast<double*>(values)[index] = value;
-  } else {
-    reinterpret_cast<float*>(values)[index] = static_cast<float>(value);
-  }
-}
-
 // weight [B] -> loss [] with `mean`, else [B]
 Tensor masked_dsm_loss_fwd(Tensor pred, Tensor target, std::optional<Tensor> weight, std::optional<Tensor> cu_seqlens,
                            int64_t kind, double delta, bool mean) {
@@ -58,11 +45,11 @@ Tensor masked_dsm_loss_fwd(Tensor pred, Tensor target, std::optional<Tensor> wei
   const char* weights = data_of<char>(weight);
   double sum = 0;
   for (int64_t b = 0; b < num_images; ++b) {
-    if (weights != nullptr) raw[b] *= read(args.dtype, weights, b);
+    if (weights != nullptr) raw[b] *= read_accumulated(args.dtype, weights, b);
     sum += raw[b];
-    if (!mean) write(args.dtype, out, b, raw[b]);
+    if (!mean) write_accumulated(args.dtype, out, b, raw[b]);
   }
-  if (mean) write(args.dtype, out, 0, sum / static_cast<double>(num_images));
+  if (mean) write_accumulated(args.dtype, out, 0, sum / static_cast<double>(num_images));
   return loss;
 }
 
@@ -78,8 +65,8 @@ Tensor masked_dsm_loss_bwd(Tensor grad_loss, Tensor pred, Tensor target, std::op
     const int64_t tokens =
         MASKDM_ISA::segment_begin(args.segments, b + 1) - MASKDM_ISA::segment_begin(args.segments, b);
     const double shares = static_cast<double>(std::max<int64_t>(1, tokens * args.width) * (mean ? num_images : 1));
-    scale[b] = read(args.dtype, upstream, b * stride) / shares;
-    if (weights != nullptr) scale[b] *= read(args.dtype, weights, b);
+    scale[b] = read_accumulated(args.dtype, upstream, b * stride) / shares;
+    if (weights != nullptr) scale[b] *= read_accumulated(args.dtype, weights, b);
   }
   Tensor grad = torch::stable::empty_like(pred);
   args.scale = scale.data(), args.grad = mutable_bytes_of(grad);

@@ -19,6 +19,7 @@
 
 #include "common/block_sum.h"
 #include "common/cuda.h"
+#include "common/value_parts.h"
 #include "masked_dsm_loss/masked_dsm_loss.h"
 
 namespace maskdm {
@@ -26,11 +27,9 @@ namespace {
 
 using MASKDM_ISA::from_acc;
 using MASKDM_ISA::segment_begin;
-using MASKDM_ISA::to_acc;
 
 constexpr int kThreads = 128;
-constexpr int kChunk = 2048;             // values that the threads of a block hold at one time
-constexpr int64_t kEnoughBlocks = 8192;  // some times as many as any GPU runs at once
+constexpr int kChunk = 2048;  // values that the threads of a block hold at one time
 constexpr int kMeanThreads = 1024;
 constexpr int kImagesPerBlock = kThreads / 32;
 
@@ -74,51 +73,16 @@ __device__ double at_least_one(int64_t count) { return static_cast<double>(count
 // Calls on_values(i, d) for the differences of this block that begin at value i; d has N elements or one.
 template <class T, int N, class OnValues>
 __device__ void for_each_difference(const LossLaunch& launch, int64_t image, const OnValues& on_values) {
-  constexpr int kPacks = kChunk / (kThreads * N);
-  using Values = Pack<T, N>;
   const LossCudaArgs& a = launch.args;
-  const T* __restrict__ pred = reinterpret_cast<const T*>(a.pred);
-  const T* __restrict__ target = reinterpret_cast<const T*>(a.target);
-  const int64_t begin = value_begin(a, image), end = value_begin(a, image + 1);
-  const int64_t aligned = (begin + N - 1) / N * N;
-  const int64_t first = aligned < end ? aligned : end;
-  const int64_t last = end / N * N > first ? end / N * N : first;
-  const uint32_t part = blockIdx.x % launch.parts;
-
-  const auto one_by_one = [&](int64_t from, int64_t to) {
-    const int64_t i = from + threadIdx.x;
-    if (i < to) {
-      const float d[1] = {to_acc(pred[i]) - to_acc(target[i])};
-      on_values(i, d);
-    }
+  const T* const inputs[2] = {reinterpret_cast<const T*>(a.pred), reinterpret_cast<const T*>(a.target)};
+  const auto on_both = [&]<int M>(int64_t i, const float (&values)[2][M]) {
+    float d[M];
+#pragma unroll
+    for (int j = 0; j < M; ++j) d[j] = values[0][j] - values[1][j];
+    on_values(i, d);
   };
-  if (N > 1 && part == 0) {
-    one_by_one(begin, first);
-    one_by_one(last, end);
-  }
-  for (int64_t chunk = first + static_cast<int64_t>(part) * kChunk; chunk < last;
-       chunk += static_cast<int64_t>(launch.parts) * kChunk) {
-    Values p[kPacks], t[kPacks];
-#pragma unroll
-    for (int k = 0; k < kPacks; ++k) {
-      const int64_t i = chunk + (k * kThreads + static_cast<int>(threadIdx.x)) * N;
-      p[k] = t[k] = Values{};
-      if (i < last) {
-        p[k] = *reinterpret_cast<const Values*>(pred + i);
-        t[k] = *reinterpret_cast<const Values*>(target + i);
-      }
-    }
-#pragma unroll
-    for (int k = 0; k < kPacks; ++k) {
-      const int64_t i = chunk + (k * kThreads + static_cast<int>(threadIdx.x)) * N;
-      if (i < last) {
-        float d[N];
-#pragma unroll
-        for (int j = 0; j < N; ++j) d[j] = to_acc(p[k].values[j]) - to_acc(t[k].values[j]);
-        on_values(i, d);
-      }
-    }
-  }
+  for_each_values<kThreads, kChunk, N>(inputs, value_begin(a, image), value_begin(a, image + 1),
+                                       blockIdx.x % launch.parts, launch.parts, on_both);
 }
 
 // One block per (image, part): partial[image, part] = sum f(d) of its chunks.
@@ -129,12 +93,7 @@ __global__ void __launch_bounds__(kThreads) loss_value_kernel(LossLaunch launch)
     float f[M];
 #pragma unroll
     for (int j = 0; j < M; ++j) f[j] = launch.curve.value(d[j]);
-#pragma unroll
-    for (int half = M / 2; half > 0; half /= 2) {
-#pragma unroll
-      for (int j = 0; j < half; ++j) f[j] += f[j + half];
-    }
-    sum += static_cast<double>(f[0]);
+    sum += static_cast<double>(tree_sum(f));
   });
   sum = block_sum(sum, reinterpret_cast<double*>(shared_memory()));
   if (threadIdx.x == 0) launch.args.partial[blockIdx.x] = sum;
@@ -187,30 +146,8 @@ __global__ void __launch_bounds__(kThreads) loss_gradient_kernel(LossLaunch laun
 }
 
 LossLaunch launch_of(const LossCudaArgs& args) {
-  const int64_t num_images = args.segments.num_images > 1 ? args.segments.num_images : 1;
-  const int64_t wanted = divide_up(args.num_tokens * args.width, num_images * kChunk);
-  const int64_t enough = divide_up(kEnoughBlocks, num_images);
-  const int64_t parts = wanted < enough ? wanted : enough;
-  return {args, curve_of(args.kind, args.delta), static_cast<uint32_t>(parts > 1 ? parts : 1)};
-}
-
-// Calls f with a null pointer of the element type and an integral constant, the values of one access.
-template <class F>
-void dispatch(const LossCudaArgs& a, bool aligned, const F& f) {
-  const auto with = [&](auto* type) {
-    constexpr int kValues = 16 / static_cast<int>(sizeof(*type));
-    if (aligned) {
-      f(type, std::integral_constant<int, kValues>{});
-    } else {
-      f(type, std::integral_constant<int, 1>{});
-    }
-  };
-  switch (a.dtype) {
-    case DType::f32: return with(static_cast<float*>(nullptr));
-    case DType::f16: return with(static_cast<half*>(nullptr));
-    case DType::bf16: return with(static_cast<bfloat16*>(nullptr));
-    default: fail("masked_dsm_loss: the CUDA kernels have float32, float16 and bfloat16 only");
-  }
+  return {args, curve_of(args.kind, args.delta),
+          parts_of(args.segments.num_images, args.num_tokens * args.width, kChunk)};
 }
 
 }  // namespace
@@ -222,7 +159,7 @@ void masked_dsm_loss_forward_cuda(const LossCudaArgs& args, void* stream) {
   const uint32_t num_images = static_cast<uint32_t>(args.segments.num_images);
   const bool aligned = is_aligned(args.pred, 16) && is_aligned(args.target, 16);
   if (num_images > 0) {
-    dispatch(args, aligned, [&]<class T, int N>(T*, std::integral_constant<int, N>) {
+    dispatch_accesses("masked_dsm_loss", args.dtype, aligned, [&]<class T, int N>(T*, std::integral_constant<int, N>) {
       launch(loss_value_kernel<T, N>, Dim3{num_images * arguments.parts}, Dim3{kThreads},
              kThreads / 32 * sizeof(double), stream, arguments);
     });
@@ -239,7 +176,7 @@ void masked_dsm_loss_backward_cuda(const LossCudaArgs& args, void* stream) {
   if (args.num_tokens * args.width == 0) return;
   const LossLaunch arguments = launch_of(args);
   const bool aligned = is_aligned(args.pred, 16) && is_aligned(args.target, 16) && is_aligned(args.grad, 16);
-  dispatch(args, aligned, [&]<class T, int N>(T*, std::integral_constant<int, N>) {
+  dispatch_accesses("masked_dsm_loss", args.dtype, aligned, [&]<class T, int N>(T*, std::integral_constant<int, N>) {
     launch(loss_gradient_kernel<T, N>, Dim3{static_cast<uint32_t>(args.segments.num_images) * arguments.parts},
            Dim3{kThreads}, 0, stream, arguments);
   });

@@ -19,7 +19,7 @@ from maskdm_fast.diffusion.schedule import (
     shifted_cosine_schedule,
 )
 from maskdm_fast.diffusion.timesteps import TimestepDraw
-from maskdm_fast.diffusion.transitions import SAMPLERS, Transition, make_transitions
+from maskdm_fast.diffusion.transitions import SAMPLERS, Transition, ddim_transitions_at, make_transitions
 from maskdm_fast.diffusion.weighting import LossWeight
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "Transition",
     "VPSchedule",
     "cosine_schedule",
+    "ddim_transitions_at",
     "linear_schedule",
     "make_schedule",
     "make_transitions",

@@ -7,7 +7,7 @@ MaskDM keeps the network's own.
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from maskdm_fast import random
 from maskdm_fast.diffusion.denoiser import Denoiser, Guidance
 from maskdm_fast.diffusion.patches import unpatchify
-from maskdm_fast.diffusion.transitions import make_transitions
+from maskdm_fast.diffusion.transitions import Transition, make_transitions
 from maskdm_fast.random import Stream
 
 
@@ -27,8 +27,9 @@ def sample(
     channels: int,
     patch_size: int,
     sampler: str = "ddim",
-    num_steps: int,
+    num_steps: int | None = None,
     eta: float | None = None,
+    transitions: Sequence[Transition] | None = None,
     guidance: float = 1.0,
     guidance_interval: tuple[float, float] | None = None,
     seed: int,
@@ -55,6 +56,8 @@ def sample(
         sampler: "ddim", "ddpm", "euler", "heun" or "dpmpp_2m", as in `make_transitions`.
         num_steps: steps. One evaluation of the network each; two for heun, but for its last.
         eta: of "ddim", 0 (deterministic, the default) to 1; must be None for the others.
+        transitions: the steps themselves, first to last, for a distilled model with steps of its own; then `num_steps`
+            and `eta` must be None, and `sampler` is not looked at.
         guidance: scale w of ``x0 = x0(none) + w (x0(label) - x0(none))``; 1 follows the labels as trained. Any other
             evaluates the network on twice as many images.
         guidance_interval: noise levels ``sigma/alpha``, lowest and highest, at which to guide; None: at all.
@@ -83,12 +86,17 @@ def sample(
         raise ValueError(f"sample: image_size is {image_size}, want a multiple of patch_size {patch_size}")
     if labels is not None and labels.shape != (num_images,):
         raise ValueError(f"sample: labels has shape {list(labels.shape)}, want [{num_images}], one per image")
-    transitions = make_transitions(denoiser.schedule, sampler, num_steps, eta)
+    if transitions is None:
+        if num_steps is None:
+            raise ValueError("sample: num_steps is None, want the steps of the sampler, or transitions in its place")
+        transitions = make_transitions(denoiser.schedule, sampler, num_steps, eta)
+    elif num_steps is not None or eta is not None or not transitions:
+        raise ValueError("sample: transitions want at least one step, and num_steps and eta left at None")
 
     token_shape = ((image_size // patch_size) ** 2, patch_size**2 * channels)
     images = torch.empty(num_images, image_size, image_size, channels, dtype=torch.float32 if as_float else torch.uint8)
     total = -(-num_images // batch_size) * len(transitions)
-    with _eval_mode(denoiser.model), torch.inference_mode():
+    with eval_mode(denoiser.model), torch.inference_mode():
         times = [transition.t for transition in transitions]
         levels = denoiser.levels(times, Guidance(guidance, guidance_interval))
         # The noise of the first level; that of the image is too small there to matter.
@@ -124,7 +132,7 @@ def _noise(token_shape: tuple[int, int], *, seed: int, stream: Stream, step: int
 
 
 @contextlib.contextmanager
-def _eval_mode(model: Callable) -> Iterator[None]:
+def eval_mode(model: Callable) -> Iterator[None]:
     """Put every module of `model` into eval mode, and each back into its own afterwards."""
     training = [module for module in model.modules() if module.training] if isinstance(model, nn.Module) else []
     for module in training:

@@ -63,16 +63,22 @@ class TimestepDraw:
         Returns:
             ``[B]``, int64 for a discrete schedule, else float32.
         """
-        draw = {"seed": seed, "stream": Stream.TIMESTEP, "step": step}
-        if self.num_strata is None:
-            u = random.uniform(1, slots=slots, **draw)[:, 0].to(torch.float64)
-        else:
-            # The offset is the second element of slot 0, whose first one belongs to that slot's image.
-            pairs = random.uniform(2, slots=torch.cat((slots, slots.new_zeros(1))), **draw).to(torch.float64)
-            u = ((slots % self.num_strata + pairs[:-1, 0]) / self.num_strata + pairs[-1, 1]) % 1.0
-            # The sum may round to 0 or 1, which the open interval does not have.
-            u = u.clamp(2.0**-32, 1.0 - 2.0**-32)
+        u = self.uniform(seed=seed, step=step, slots=slots)
         if self.kind == "uniform":
             return schedule.timesteps(u)
-        noise_level = self.mean + self.std * torch.special.ndtri(u)  # ln(sigma / alpha)
-        return schedule.nearest_timesteps(-2.0 * noise_level)
+        return schedule.nearest_timesteps(-2.0 * self.log_level(u))
+
+    def uniform(self, *, seed: int, step: int | Tensor, slots: Tensor) -> Tensor:
+        """The uniform draws that become times, float64 ``[B]`` in (0, 1); arguments as for these."""
+        draw = {"seed": seed, "stream": Stream.TIMESTEP, "step": step}
+        if self.num_strata is None:
+            return random.uniform(1, slots=slots, **draw)[:, 0].to(torch.float64)
+        # The offset is the second element of slot 0, whose first one belongs to that slot's image.
+        pairs = random.uniform(2, slots=torch.cat((slots, slots.new_zeros(1))), **draw).to(torch.float64)
+        u = ((slots % self.num_strata + pairs[:-1, 0]) / self.num_strata + pairs[-1, 1]) % 1.0
+        # The sum may round to 0 or 1, which the open interval does not have.
+        return u.clamp(2.0**-32, 1.0 - 2.0**-32)
+
+    def log_level(self, u: Tensor) -> Tensor:
+        """``ln(sigma / alpha)`` of lognormal for the uniform draws `u`."""
+        return self.mean + self.std * torch.special.ndtri(u)

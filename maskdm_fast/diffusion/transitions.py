@@ -10,6 +10,7 @@ leads to the clean image: alpha = 1, sigma = 0.
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -99,7 +100,12 @@ def ddim_transitions(schedule: NoiseSchedule, num_steps: int, eta: float) -> lis
     """
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"eta is {eta}, want 0 (deterministic) to 1")
-    return _straight(_levels(schedule, schedule.sampling_times(num_steps)), eta)
+    return ddim_transitions_at(schedule, schedule.sampling_times(num_steps), eta)
+
+
+def ddim_transitions_at(schedule: NoiseSchedule, times: Sequence[float], eta: float = 0.0) -> list[Transition]:
+    """`ddim_transitions` on falling `times` of the caller's choice, and from the last of them to the clean image."""
+    return _straight(_levels(schedule, times), eta)
 
 
 def ddpm_transitions(schedule: NoiseSchedule, num_steps: int) -> list[Transition]:
@@ -219,7 +225,7 @@ def _levels_of_log_snr(schedule: NoiseSchedule, log_snr: Tensor) -> list[_Level]
     return _levels(schedule, schedule.t_of_log_snr(log_snr).tolist())
 
 
-def _levels(schedule: NoiseSchedule, times: list[float]) -> list[_Level]:
+def _levels(schedule: NoiseSchedule, times: Sequence[float]) -> list[_Level]:
     t = torch.tensor(times, dtype=torch.float64)
     scales = (*schedule.alpha_sigma(t), 0.5 * schedule.log_snr(t))
     return [_Level(*row) for row in zip(times, *(scale.tolist() for scale in scales), strict=True)]

@@ -188,7 +188,8 @@ class UViT(nn.Module):
         ids_keep: Tensor | None = None,
         labels: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-    ) -> Tensor:
+        tap: str | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Predict one vector per visible patch.
 
         Args:
@@ -200,13 +201,19 @@ class UViT(nn.Module):
                 None if the model has no classes.
             cu_seqlens: int32 ``[B + 1]``, cumulative token counts of the packed form, where images keep different
                 counts. One attention call serves them all, and nothing is padded.
+            tap: "encoder" to stop after the middle block, "both" to return what left it too: the features that a
+                discriminator judges.
 
         Returns:
-            ``[B, K, P*P*C]``, packed ``[T, P*P*C]``, in the compute dtype.
+            ``[B, K, P*P*C]``, packed ``[T, P*P*C]``, in the compute dtype; for tap "encoder" the patch tokens after the
+            middle block, ``[B, K, D]`` or ``[T, D]``, instead; for "both" prediction and tokens.
 
         Raises:
-            ValueError: if shapes do not fit each other or the configuration, or labels go to an unconditional model.
+            ValueError: if shapes do not fit each other or the configuration, labels go to an unconditional model, or
+                there is no such tap.
         """
+        if tap not in (None, "encoder", "both"):
+            raise ValueError(f"UViT: tap is {tap!r}, want 'encoder', 'both' or None")
         self._check(tokens, t, ids_keep, labels, cu_seqlens)
         extras = self.config.num_extras
         patches = self.patch_embed(tokens.to(self.patch_embed.weight.dtype))  # [B, K, D]
@@ -229,12 +236,16 @@ class UViT(nn.Module):
             x = self._run(block, x, None, cu_seqlens)
             skips.append(x)
         x = self._run(self.mid_block, x, None, cu_seqlens)
+        features = None if tap is None else x[:, extras:] if packing is None else packing.patches(x)
+        if tap == "encoder":
+            return features
         for block in self.out_blocks:
             x = self._run(block, x, skips.pop(), cu_seqlens)
         # The extras are dropped after the head, where a token is P*P*C wide instead of D.
         out = self.head(self.norm(x))
         out = out[:, extras:] if packing is None else packing.patches(out)
-        return out if self.final_conv is None else self.final_conv(out)
+        out = out if self.final_conv is None else self.final_conv(out)
+        return out if tap is None else (out, features)
 
     def _run(self, block: Block, *inputs: Tensor | None) -> Tensor:
         if self.activation_checkpointing:

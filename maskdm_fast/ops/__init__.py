@@ -21,6 +21,8 @@ from maskdm_fast.ops.masked_dsm_loss.op import IMPL as _MASKED_DSM_LOSS
 from maskdm_fast.ops.masked_dsm_loss.op import masked_dsm_loss
 from maskdm_fast.ops.noise_visible_patches.op import IMPL as _NOISE_VISIBLE_PATCHES
 from maskdm_fast.ops.noise_visible_patches.op import noise_visible_patches
+from maskdm_fast.ops.sid_loss.op import IMPL as _SID_LOSS
+from maskdm_fast.ops.sid_loss.op import sid_loss
 
 # Every op and its backends, for `maskdm-fast info` and the tests.
 IMPLEMENTATIONS = {
@@ -30,6 +32,7 @@ IMPLEMENTATIONS = {
     "linear": _LINEAR,
     "masked_attention": _MASKED_ATTENTION,
     "masked_dsm_loss": _MASKED_DSM_LOSS,
+    "sid_loss": _SID_LOSS,
     "adamw_ema": _ADAMW_EMA,
     "lamb_ema": _LAMB_EMA,
 }
@@ -45,5 +48,6 @@ __all__ = [
     "noise_visible_patches",
     "register_flop_formulas",
     "scatter_tokens",
+    "sid_loss",
     "use_backend",
 ]

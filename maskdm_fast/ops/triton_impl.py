@@ -18,3 +18,11 @@ def image_of(cu_seqlens_ptr, token, num_images):
         low, high = tl.where(later, tl.minimum(middle + 1, high), low), tl.where(later, high, middle)
         remaining = (remaining + 1) // 2
     return low
+
+
+@triton.jit
+def stretch(count, part, programs, BLOCK: tl.constexpr):
+    """First and last value, exclusive, of a program: whole blocks, so that all but the last are read aligned."""
+    share = tl.cdiv(tl.cdiv(count, programs), BLOCK) * BLOCK
+    first = tl.minimum(part * share, count)
+    return first, tl.minimum(first + share, count)

@@ -22,6 +22,7 @@ _OPS = {
     "gelu": ("gelu_fwd", "gelu_bwd", "gelu", "gelu_backward"),
     "noise_visible_patches": ("noise_visible_patches_fwd",),
     "masked_dsm_loss": ("masked_dsm_loss_fwd", "masked_dsm_loss_bwd"),
+    "sid_loss": ("sid_loss_fwd", "sid_loss_bwd"),
     "adamw_ema": ("adamw_ema_", "global_norm"),
     "lamb_ema": ("lamb_ema_",),
 }

@@ -21,6 +21,7 @@ TINY = {
     "linear": {"rows": (3,), "fan_in": 8, "fan_out": 8},
     "masked_attention": {"lengths": (5, 5), "num_heads": 2, "head_dim": 8},
     "masked_dsm_loss": {"lengths": (5, 5), "width": 12},
+    "sid_loss": {"shape": (2, 5, 12)},
     "adamw_ema": {"shapes": ((3, 4), (5,))},
     "lamb_ema": {"shapes": ((3, 4), (5,))},
 }

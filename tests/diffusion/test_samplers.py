@@ -156,6 +156,13 @@ def test_mode_of_the_network_is_set_and_restored():
     assert model.training
 
 
+def test_transitions_of_the_callers_choice():
+    schedule = cosine_schedule()
+    named = generate(schedule, num_steps=3, eta=0.5)
+    given = generate(schedule, num_steps=None, transitions=make_transitions(schedule, "ddim", 3, 0.5))
+    assert torch.equal(given, named)
+
+
 def test_progress_counts_evaluations():
     calls = []
     generate(linear_schedule(), num_images=5, batch_size=2, num_steps=3, progress=lambda *args: calls.append(args))
@@ -245,6 +252,9 @@ def test_global_generator_plays_no_part():
         ({"sampler": "ddpm", "eta": 1.0}, "sampler 'ddpm' has none; leave it None or choose 'ddim'"),
         ({"labels": torch.zeros(2, dtype=torch.int64)}, r"labels has shape \[2\], want \[3\]"),
         ({"first_slot": -1}, "first_slot is -1"),
+        ({"num_steps": None}, "num_steps is None, want the steps of the sampler, or transitions"),
+        ({"transitions": make_transitions(linear_schedule(), "ddim", 2)}, "num_steps and eta left at None"),
+        ({"transitions": [], "num_steps": None}, "transitions want at least one step"),
     ],
 )
 def test_errors(changes, message):

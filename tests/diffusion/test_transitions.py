@@ -6,7 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from maskdm_fast.diffusion import cosine_schedule, linear_schedule, make_schedule, make_transitions
+from maskdm_fast.diffusion import (
+    cosine_schedule,
+    ddim_transitions_at,
+    linear_schedule,
+    make_schedule,
+    make_transitions,
+)
 from maskdm_fast.diffusion.schedule import SCHEDULES
 from maskdm_fast.diffusion.transitions import ddim_transitions, ddpm_transitions
 
@@ -175,3 +181,13 @@ def test_the_table_of_the_docs_is_the_computed_one(gaussian):
             slope, _, _ = gaussian.chain(make_schedule(name), transitions)
             want.append(f"{100 * (slope / gaussian.std - 1).abs().max():.2f} %")
         assert [cell.strip() for cell in cells.split("|")] == want, (name, sampler)
+
+
+def test_ddim_at_times_of_ones_own():
+    schedule = make_schedule("vp")
+    first, last = ddim_transitions_at(schedule, [0.8, 0.3])
+    (alpha, alpha_s), (sigma, sigma_s) = (x.tolist() for x in schedule.alpha_sigma(torch.tensor([0.8, 0.3]).double()))
+    assert first.c_xt == pytest.approx(sigma_s / sigma) and first.std == 0.0
+    assert first.c_x0 == pytest.approx(alpha_s - alpha * sigma_s / sigma)
+    assert (last.t, last.c_x0, last.c_xt) == (0.3, 1.0, 0.0)
+    assert ddim_transitions_at(schedule, schedule.sampling_times(7), 0.5) == ddim_transitions(schedule, 7, 0.5)

@@ -41,3 +41,20 @@ def emulated(operators):
     operators.set_order(0, 0)
     with testing.poisoned_memory(), Emulated():
         yield operators
+
+
+@pytest.fixture
+def in_every_order(emulated):
+    """``in_every_order(run)``: what run() returns, after comparing it bit for bit between the orders of blocks and
+    threads."""
+
+    def run_all(run):
+        results = []
+        for order in (0, 1, 2):
+            emulated.set_order(order, 5)
+            results.append(run())
+        for other in results[1:]:
+            assert all(torch.equal(other[name], value) for name, value in results[0].items())
+        return results[0]
+
+    return run_all

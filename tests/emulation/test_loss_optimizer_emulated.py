@@ -15,7 +15,6 @@ from maskdm_fast.ops.masked_dsm_loss import cases as loss_cases
 from maskdm_fast.optim import AdamWEMA
 from maskdm_fast.testing import draw
 
-ORDERS = (0, 1, 2)
 ALL = torch.float32, torch.float16, torch.bfloat16
 
 
@@ -23,17 +22,6 @@ def _off_boundary(tensor, values=1):
     """The same contiguous values at an address that is `values` elements past a boundary of 16 bytes."""
     memory = torch.empty(tensor.numel() + values, dtype=tensor.dtype)
     return memory[values:].view(tensor.shape).copy_(tensor)
-
-
-def _in_every_order(operators, run):
-    """The result of `run`, after comparing it bit for bit between the orders of blocks and threads."""
-    results = []
-    for order in ORDERS:
-        operators.set_order(order, 5)
-        results.append(run())
-    for other in results[1:]:
-        assert all(torch.equal(other[name], value) for name, value in results[0].items())
-    return results[0]
 
 
 @pytest.mark.parametrize("dtype", ALL, ids=str)
@@ -45,14 +33,14 @@ def _in_every_order(operators, run):
     ],
     ids=["long", "uneven"],
 )
-def test_loss_of_images_over_several_blocks(emulated, lengths, width, packed, dtype):
+def test_loss_of_images_over_several_blocks(in_every_order, lengths, width, packed, dtype):
     case = loss_cases.Case("blocks", lengths, width, kind="huber", packed=packed, reduction="none")
     inputs = loss_cases.make_inputs(case, dtype, "cpu", seed=3)
 
     def run():
         return testing.check_parity(loss_cases, inputs, "cpu")
 
-    losses = _in_every_order(emulated, run)["loss"]
+    losses = in_every_order(run)["loss"]
     mean = testing.check_parity(loss_cases, inputs | {"reduction": "mean"}, "cpu")["loss"]
     torch.testing.assert_close(losses.mean(), mean)
 
@@ -101,11 +89,11 @@ SHAPES = tuple((1 + 3 * i % 11,) for i in range(150))
 
 
 @pytest.mark.parametrize("copied", [None, "bfloat16"])
-def test_more_tensors_than_a_launch_takes(emulated, copied):
+def test_more_tensors_than_a_launch_takes(in_every_order, copied):
     """Three launches of the step and two of the norm; tensors without a value in between."""
     case = adam_cases.Case("many", (*SHAPES, (0,), (20_001,), (0,)), copy=copied)
     inputs = adam_cases.make_inputs(case, torch.float32, "cpu", seed=5)
-    _in_every_order(emulated, lambda: testing.check_parity(adam_cases, inputs, "cpu"))
+    in_every_order(lambda: testing.check_parity(adam_cases, inputs, "cpu"))
 
 
 @pytest.mark.parametrize("name", ["params", "grads", "exp_avgs", "exp_avg_sqs", "emas", "copies"])

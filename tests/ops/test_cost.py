@@ -17,6 +17,9 @@ from maskdm_fast.testing import draw
 needs_native = pytest.mark.skipif(not backend.has_native(), reason="the native library is not built")
 
 
+_LOSSES = ("masked_dsm_loss", "sid_loss")  # for the gradient of a weight they take another forward pass
+
+
 def cases_of(op):
     return importlib.import_module(f"maskdm_fast.ops.{op}.cases")
 
@@ -83,7 +86,7 @@ def run_case(op, case, passes, dtype=torch.float32):
     module = cases_of(op)
     inputs = module.make_inputs(case, dtype, "cpu", seed=0)
     for name in module.WITH_GRAD:
-        if inputs[name] is not None and name != "target" and not (op == "masked_dsm_loss" and name == "weight"):
+        if inputs[name] is not None and name != "target" and not (op in _LOSSES and name == "weight"):
             inputs[name] = inputs[name].detach().requires_grad_()
 
     def call():
@@ -182,6 +185,20 @@ def test_bytes_of_masked_dsm_loss(case, passes):
             len(case.lengths), inputs["pred"].numel(), 4, weighted=case.weighted, mean=case.reduction == "mean"
         )
         assert work.bytes + index == num_bytes(arguments) + num_bytes(result)
+
+
+@pytest.mark.parametrize("case", every_case("sid_loss"))
+def test_bytes_of_sid_loss(case, passes):
+    inputs, found = run_case("sid_loss", case, passes)
+    cost, shape, mean = cost_of("sid_loss"), (case.shape[0], math.prod(case.shape), 4), case.reduction == "mean"
+    [(arguments, result)] = found["forward"]
+    of_xt, weighted = case.weighting == "l1_xt", case.weighted or case.weighting == "karras"
+    levels = num_bytes(inputs["alpha_t"]) if of_xt and case.levels else 0  # one number an image
+    forward = cost.forward(*shape, weighted=weighted, mean=mean, of_xt=of_xt)
+    assert forward.bytes + levels == num_bytes(arguments) + num_bytes(result)
+    [(arguments, result)] = found["backward"]
+    assert cost.backward(*shape, mean=mean).bytes == num_bytes(arguments) + num_bytes(result)
+    assert cost.backward(*shape, mean=mean, num_grads=1).bytes == num_bytes(arguments) + num_bytes(result[0])
 
 
 @pytest.mark.parametrize("case", every_case("adamw_ema"))

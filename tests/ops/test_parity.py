@@ -64,6 +64,8 @@ def test_gradcheck(op, backend):
         names = [name for name in cases.WITH_GRAD if inputs[name] is not None]
         if sum(inputs[name].numel() for name in names) > 1200:
             continue  # numerical differentiation runs the op twice per value
+        if inputs.get("weighting", "none").startswith("l1"):
+            continue  # sid_loss takes its normaliser for a constant; test_sid_loss.py has autograd's gradients
 
         def function(*values, inputs=inputs, names=names):
             return tuple(cases.call(inputs | dict(zip(names, values, strict=True)), backend).values())

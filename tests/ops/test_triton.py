@@ -199,17 +199,21 @@ def test_masked_dsm_loss_of_no_images_is_nan():
     assert ops.masked_dsm_loss(pred, pred, reduction="none", backend="triton").shape == (0,)
 
 
-def test_masked_dsm_loss_of_an_image_beyond_the_most_programs():
+@pytest.mark.parametrize("op", ["masked_dsm_loss", "sid_loss"])
+def test_losses_of_an_image_beyond_the_most_programs(op, monkeypatch):
     """Stretches grow when an image would need more programs than it may have."""
-    from maskdm_fast.ops.masked_dsm_loss import triton_impl
+    monkeypatch.setattr(importlib.import_module(f"maskdm_fast.ops.{op}.triton_impl"), "_MAX_PROGRAMS", 2)
+    case = next(case for case in CASES[op].CASES if case.name == "long")
+    testing.check_parity(CASES[op], CASES[op].make_inputs(case, torch.float32, DEVICE, seed=3), "triton")
 
-    before, triton_impl._MAX_PROGRAMS = triton_impl._MAX_PROGRAMS, 2
-    try:
-        cases = CASES["masked_dsm_loss"]
-        case = next(case for case in cases.CASES if case.name == "long")
-        testing.check_parity(cases, cases.make_inputs(case, torch.float32, DEVICE, seed=3), "triton")
-    finally:
-        triton_impl._MAX_PROGRAMS = before
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("op", ["masked_dsm_loss", "sid_loss"])
+def test_losses_of_more_images_than_are_added_at_a_time(op, reduction, monkeypatch):
+    monkeypatch.setattr(importlib.import_module(f"maskdm_fast.ops.{op}.triton_impl"), "_SUMS", 2)
+    sizes = {"masked_dsm_loss": ((4,) * 5, 3), "sid_loss": ((5, 12),)}[op]
+    case = CASES[op].Case("images", *sizes, reduction=reduction)
+    testing.check_parity(CASES[op], CASES[op].make_inputs(case, torch.float32, DEVICE, seed=3), "triton")
 
 
 def _adamw_inputs(**changes):

@@ -32,7 +32,8 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, backend: str
     ) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        # Only the gradient of the weight reads x, so that a frozen weight keeps none of it.
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         ctx.backend = backend
         flat = None if residual is None else residual.reshape(-1, weight.shape[0])
         out = IMPL[backend].forward(x.reshape(-1, x.shape[-1]).contiguous(), weight, bias, flat)
@@ -43,10 +44,11 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         with_x, with_weight, with_bias, with_residual, _ = ctx.needs_input_grad
-        flat, rows = grad.reshape(-1, weight.shape[0]).contiguous(), x.reshape(-1, x.shape[-1]).contiguous()
+        flat = grad.reshape(-1, weight.shape[0]).contiguous()
+        rows = None if x is None else x.reshape(-1, x.shape[-1]).contiguous()
         grad_x, grad_weight, grad_bias = IMPL[ctx.backend].backward(flat, rows, weight, with_x, with_weight, with_bias)
         return (
-            None if grad_x is None else grad_x.view(x.shape),
+            None if grad_x is None else grad_x.view(*grad.shape[:-1], weight.shape[1]),
             grad_weight,
             grad_bias,
             grad if with_residual else None,

@@ -10,7 +10,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | N
 
 
 def backward(
-    grad: Tensor, x: Tensor, weight: Tensor, with_x: bool, with_weight: bool, with_bias: bool
+    grad: Tensor, x: Tensor | None, weight: Tensor, with_x: bool, with_weight: bool, with_bias: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     return (
         grad @ weight if with_x else None,

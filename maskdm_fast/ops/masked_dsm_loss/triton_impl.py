@@ -22,6 +22,7 @@ from torch import Tensor
 from maskdm_fast.ops import backend
 from maskdm_fast.ops.masked_dsm_loss import fakes
 from maskdm_fast.ops.registration import opaque
+from maskdm_fast.ops.triton_impl import stretch
 
 _VALUES = 4096  # of the average image that one program takes
 _MAX_PROGRAMS = 256  # of one image
@@ -42,14 +43,6 @@ def _image_values(cu_seqlens_ptr, image, tokens_per_image, all_tokens, width):
 
 
 @triton.jit
-def _stretch(count, part, programs, BLOCK: tl.constexpr):
-    """First and last value, exclusive, of a program: whole blocks, so that all but the last are read aligned."""
-    share = tl.cdiv(tl.cdiv(count, programs), BLOCK) * BLOCK
-    first = tl.minimum(part * share, count)
-    return first, tl.minimum(first + share, count)
-
-
-@triton.jit
 def _sum_kernel(
     pred_ptr,
     target_ptr,
@@ -65,7 +58,7 @@ def _sum_kernel(
 ):
     image, part = (tl.program_id(0) // programs).to(tl.int64), tl.program_id(0) % programs
     begin, count = _image_values(cu_seqlens_ptr, image, tokens_per_image, all_tokens, width)
-    first, last = _stretch(count, part, programs, BLOCK)
+    first, last = stretch(count, part, programs, BLOCK)
     total = tl.zeros((BLOCK,), tl.float64)
     for start in range(first, last, BLOCK):
         offs = start + tl.arange(0, BLOCK)
@@ -153,7 +146,7 @@ def _gradient_kernel(
 ):
     image, part = (tl.program_id(0) // programs).to(tl.int64), tl.program_id(0) % programs
     begin, count = _image_values(cu_seqlens_ptr, image, tokens_per_image, all_tokens, width)
-    first, last = _stretch(count, part, programs, BLOCK)
+    first, last = stretch(count, part, programs, BLOCK)
     scale = tl.load(grad_loss_ptr + image * grad_loss_stride).to(tl.float32)
     scale = scale / tl.maximum(count, 1).to(tl.float32) / num_shares
     if weight_ptr is not None:
