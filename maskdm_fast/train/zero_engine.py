@@ -235,6 +235,7 @@ class ZeroEngine:
             items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
             tensors += [item for item in items if isinstance(item, Tensor)]
         tensors += [*self._flats(), *self._params.values()]
+        tensors += [flat.grad for flat in self._flats() if flat.grad is not None]
         tensors += [param.ds_tensor for param in self._params.values() if self._stage == 3]
         for state in self._optimizer.state.values():
             tensors += [state[slot] for slot in _SLOTS]

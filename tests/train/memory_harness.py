@@ -2,7 +2,7 @@
 
 Arguments: ENGINE:PRECISION, as many as wanted. Of every engine, in bytes of the CPU's allocator: ``steady``, what
 is held between steps; ``passes`` and ``update``, the most that forward and backward pass, and the optimizer's step, had
-besides; and the same as `memory_per_rank` has it.
+besides; ``left``, what is held after the engine was closed; and the first three as `memory_per_rank` has them.
 """
 
 import functools
@@ -80,6 +80,8 @@ def measure(name: str, precision: str, world: World) -> dict[str, float]:
     in_passes = peak(passes)
     left = held() - base - steady
     in_update = left + peak(lambda: engine.step(1e-4))
+    engine.close()
+    left = held() - base
     config = RunConfig(
         model=MODEL,
         precision=precision,
@@ -94,6 +96,7 @@ def measure(name: str, precision: str, world: World) -> dict[str, float]:
         "steady": steady,
         "passes": in_passes,
         "update": in_update,
+        "left": left,
         "said_steady": sum(said.steady.values()) - memory.OVERHEAD["cpu"],
         "said_passes": sum(said.passes.values()) - activations,
         "said_update": sum(said.update.values()),

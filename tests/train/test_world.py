@@ -120,3 +120,23 @@ def test_only_broken_connections_are_lost_processes():
     assert str(lost).endswith("(Connection closed by peer [127.0.0.1]:3000)")
     assert lost_peer(RuntimeError("NCCL error: remote process exited")) is not None
     assert lost_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+
+
+@pytest.mark.parametrize(
+    ("visible", "local_rank", "taken"), [(8, 3, "cuda:3"), (1, 0, "cuda:0"), (1, 3, "cuda:0"), (8, None, "cuda")]
+)
+def test_which_gpu_a_process_takes(monkeypatch, visible, local_rank, taken):
+    """Its own of several, or the only one that a scheduler shows it."""
+    used = []
+    monkeypatch.setattr(world_module.backend, "devices", lambda: {"cuda": ["GPU"] * visible})
+    monkeypatch.setattr(world_module.backend, "set_device", used.append)
+    assert world_module._device("cuda", local_rank) == torch.device(taken)
+    assert used == ([] if local_rank is None else [torch.device(taken)])
+
+
+def test_gpus_that_cannot_be_taken(monkeypatch):
+    monkeypatch.setattr(world_module.backend, "devices", lambda: {"cuda": ["GPU"] * 2})
+    with pytest.raises(ValueError, match=r"'cuda:2' is not there: PyTorch sees 2 CUDA devices; start fewer processes"):
+        world_module._device("cuda", 2)
+    with pytest.raises(ValueError, match="'cuda:1' names one GPU for all processes"):
+        world_module._device("cuda:1", 0)
