@@ -123,8 +123,7 @@ class Trainer:
             CheckpointError: a checkpoint could not be written.
             PeerError, LostPeerError: another process failed or ended.
         """
-        scored = [record["step"] for record in read_metrics(self.folder) if record["kind"] == "score"]
-        self._scored = scored[-1] if scored and scored[-1] <= self.step else None
+        self._scored = self.world.on_main(self._last_score)
         with ExitStack() as stack:
             self._journal = self._open_journal(title)
             stack.callback(self._journal.close)
@@ -141,6 +140,11 @@ class Trainer:
                 if lost is None:
                     raise
                 raise LostPeerError(f"{lost} in step {self.step + 1}. {self._way_back()}") from error
+
+    def _last_score(self) -> int | None:
+        """The step of the newest score that belongs to this run as it stands; those of a lost future do not count."""
+        records = [record for record in read_metrics(self.folder) if record["kind"] == "score"]
+        return max((record["step"] for record in records if record["step"] <= self.step), default=None)
 
     def _open_journal(self, title: str) -> Journal:
         if not self.world.is_main:

@@ -109,6 +109,20 @@ def test_a_signal_does_not_wait_for_a_score(make_scored, tmp_path, monkeypatch):
     assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
 
 
+def test_falling_back_repeats_no_score(make_scored, tmp_path):
+    """Also when the file holds scores that came after the checkpoint."""
+    config = make_scored(checkpoint_images=16)
+    train(config, tmp_path)
+    before = lines(tmp_path)
+    steps = [record["step"] for record in read_metrics(tmp_path) if record["kind"] == "score"]
+    newest = checkpoint.newest(tmp_path)
+    assert len(steps) > 1 and steps[-1] == newest.step
+    shutil.rmtree(newest.path)
+    assert checkpoint.newest(tmp_path).step == steps[-2]
+    train(config, tmp_path)
+    assert lines(tmp_path) == before
+
+
 def test_scores_do_not_count_as_training(make_scored, tmp_path, monkeypatch):
     monkeypatch.setattr(MeanFeatures, "delay", 0.1)
     real, scoring = MeanFeatures.forward, []
