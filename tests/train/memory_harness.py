@@ -1,8 +1,11 @@
-"""Run under torchrun: what DeepSpeed's engines really take, as one line of JSON by rank 0.
+"""What engines really take, in processes of their own: `held` sees every tensor of its process.
 
-Arguments: ENGINE:PRECISION, as many as wanted. Of every engine, in bytes of the CPU's allocator: ``steady``, what
-is held between steps; ``passes`` and ``update``, the most that forward and backward pass, and the optimizer's step, had
-besides; ``left``, what is held after the engine was closed; and the first three as `memory_per_rank` has them.
+    python memory_harness.py plain CONFIG     what `plain_step` says of a configuration in JSON, as one line of it
+    torchrun memory_harness.py CASE...        what the engines of several processes take, as one line by rank 0
+
+A case is ENGINE:PRECISION. Of every engine, in bytes of the CPU's allocator: ``steady``, what is held between steps;
+``passes`` and ``update``, the most that forward and backward pass, and the optimizer's step, had besides; ``left``,
+what is held after the engine was closed; and the first three as `memory_per_rank` has them.
 """
 
 import functools
@@ -18,6 +21,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from maskdm_fast.diffusion import MaskedObjective, make_schedule
+from maskdm_fast.diffusion.masking import NoMask
 from maskdm_fast.models import CONFIGS, UViT
 from maskdm_fast.train import memory, zero_engine
 from maskdm_fast.train.config import DenoisingConfig, MachineConfig, RunConfig
@@ -33,8 +38,7 @@ def held() -> int:
     gc.collect()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # looking at some modules is deprecated
-        # Not their subclasses, such as the fake tensors of other tests, which have no memory.
-        tensors = [item for item in gc.get_objects() if type(item) in (torch.Tensor, torch.nn.Parameter)]
+        tensors = [item for item in gc.get_objects() if isinstance(item, torch.Tensor)]
         tensors = [tensor for tensor in tensors if tensor.device.type == "cpu"]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
@@ -52,6 +56,28 @@ def peak(work: Callable[[], object]) -> int:
         total += event["args"]["Bytes"]
         most = max(most, total)
     return most
+
+
+def plain_step(config: RunConfig) -> tuple[int, int, int]:
+    """Bytes between the steps of the plain engine, and at most besides in forward and backward, and in the update."""
+    before = held()
+    model = UViT(config.model)
+    model.activation_checkpointing = config.machine.activation_checkpointing
+    world = World(torch.device("cpu"))
+    engine = make_engine("plain", model, OptimizerSettings((0.9, 0.99), 0.0, None, 0.999), EngineSettings(), world)
+    objective = MaskedObjective(make_schedule("cosine"), NoMask(), config.model.patch_size, layout="bhwc")
+    size = config.machine.micro_batch_size
+    images = torch.zeros(size, 32, 32, 3, dtype=torch.uint8)
+
+    def passes() -> None:
+        for first in range(0, config.stage.batch_size, size):
+            slots = torch.arange(first, first + size)
+            engine.backward(objective(engine.model, images, None, seed=0, step=0, slots=slots)["loss"])
+
+    passes()
+    engine.step(1e-4)
+    steady = held() - before - images.nbytes
+    return steady, peak(passes), peak(lambda: engine.step(1e-4))
 
 
 def measure(name: str, precision: str, world: World) -> dict[str, float]:
@@ -103,9 +129,16 @@ def measure(name: str, precision: str, world: World) -> dict[str, float]:
     }
 
 
-if __name__ == "__main__":
+def main() -> None:
+    if sys.argv[1] == "plain":
+        print(json.dumps(plain_step(RunConfig.from_dict(json.loads(sys.argv[2])))))
+        return
     world = make_world("cpu")
     found = {case: measure(*case.split(":"), world) for case in sys.argv[1:]}
     if world.is_main:
         print("\n" + json.dumps(found), flush=True)
     disconnect()
+
+
+if __name__ == "__main__":
+    main()

@@ -11,14 +11,11 @@ import pytest
 import torch
 
 from maskdm_fast import cli
-from maskdm_fast.diffusion import MaskedObjective, make_schedule
-from maskdm_fast.diffusion.masking import NoMask
-from maskdm_fast.models import CONFIGS, UViT
+from maskdm_fast.models import CONFIGS
 from maskdm_fast.ops import backend
 from maskdm_fast.ops.control_groups import memory_limits
 from maskdm_fast.train import PRESETS
 from maskdm_fast.train.config import DenoisingConfig, MachineConfig, RunConfig
-from maskdm_fast.train.engine import EngineSettings, OptimizerSettings, make_engine
 from maskdm_fast.train.estimate import describe
 from maskdm_fast.train.memory import (
     ENGINES,
@@ -30,10 +27,9 @@ from maskdm_fast.train.memory import (
     room_for_data,
     zero_sizes,
 )
-from maskdm_fast.train.world import World
-from tests.train.memory_harness import held, peak
 
 CPU = torch.device("cpu")
+HARNESS = Path(__file__).with_name("memory_harness.py")
 HUGE = replace(
     PRESETS["celebahq-base-finetune"](),
     model=CONFIGS["uvit-huge-latent32"],
@@ -53,25 +49,14 @@ def test_bytes_of_a_plain_step_are_those_that_are_allocated(checkpointing):
         stage=DenoisingConfig(batch_size=24),
         machine=MachineConfig(micro_batch_size=12, activation_checkpointing=checkpointing),
     )
-    before = held()
-    model = UViT(config.model)
-    model.activation_checkpointing = checkpointing
-    engine = make_engine("plain", model, OptimizerSettings((0.9, 0.99), 0.0, None, 0.999), EngineSettings(), World(CPU))
-    objective = MaskedObjective(make_schedule("cosine"), NoMask(), config.model.patch_size, layout="bhwc")
-    images = torch.zeros(12, 32, 32, 3, dtype=torch.uint8)
-
-    def passes() -> None:
-        for first in (0, 12):
-            slots = torch.arange(first, first + 12)
-            engine.backward(objective(engine.model, images, None, seed=0, step=0, slots=slots)["loss"])
-
-    passes()
-    engine.step(1e-4)
+    command = [sys.executable, str(HARNESS), "plain", json.dumps(config.to_dict())]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    steady, passes, update = json.loads(result.stdout)
     said = memory_per_rank(config, "plain", 1, place="cpu")
-    steady = held() - before - images.nbytes
     assert sum(said.steady.values()) - OVERHEAD["cpu"] == pytest.approx(steady, rel=0.01)
-    assert said.total - OVERHEAD["cpu"] == pytest.approx(steady + peak(passes), rel=0.05)
-    assert peak(lambda: engine.step(1e-4)) < 0.01 * steady
+    assert said.total - OVERHEAD["cpu"] == pytest.approx(steady + passes, rel=0.05)
+    assert update < 0.01 * steady
 
 
 def test_bytes_of_several_processes_are_those_that_are_held():
@@ -80,7 +65,7 @@ def test_bytes_of_several_processes_are_those_that_are_held():
     cases = ("ddp:bf16", "zero1:fp32", "zero2:bf16", "zero3:bf16", "zero3-offload:bf16")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     result = subprocess.run(
-        [*command, str(Path(__file__).with_name("memory_harness.py")), *cases],
+        [*command, str(HARNESS), *cases],
         capture_output=True,
         text=True,
         timeout=300,
