@@ -76,7 +76,7 @@ class Method(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Alternation:
-    """In each step, `fake_updates` updates of the fake network, then one of the generator.
+    """In each step an update of the fake network; in every step number `fake_updates`, after it, one of the generator.
 
     Raises:
         ValueError: if `fake_updates` is less than 1: the generator of a fake network that equals the teacher has no
@@ -89,18 +89,17 @@ class Alternation:
         if self.fake_updates < 1:
             raise ValueError(f"fake_updates is {self.fake_updates}, want at least 1")
 
-    @property
-    def num_updates(self) -> int:
-        """Of both networks, in a step."""
-        return self.fake_updates + 1
+    def trains_generator(self, step: int) -> bool:
+        """Whether the generator is updated in the step that follows `step` finished ones."""
+        return (step + 1) % self.fake_updates == 0
 
-    def fake_numbers(self, step: int) -> range:
-        """The numbers of the fake network's updates in `step`, among all updates of both networks."""
-        return range(step * self.num_updates, step * self.num_updates + self.fake_updates)
+    def fake_number(self, step: int) -> int:
+        """The number of the fake network's update in `step`, among all updates of both networks."""
+        return 2 * step
 
     def generator_number(self, step: int) -> int:
         """That of the generator's update."""
-        return step * self.num_updates + self.fake_updates
+        return 2 * step + 1
 
 
 def ema_decay(batch_size: int, half_life_images: float, images_seen: int, ramp: float = 0.05) -> float:

@@ -11,12 +11,14 @@ from typing import Any, Literal
 
 from maskdm_fast.data import LatentScaling
 from maskdm_fast.diffusion import LossWeight, NoiseSchedule, TimestepDraw, make_schedule
-from maskdm_fast.diffusion.mask_schedule import MaskSchedule
-from maskdm_fast.diffusion.mask_text import format_mask
-from maskdm_fast.diffusion.masking import Mask, NoMask
 from maskdm_fast.models import CONFIGS, UViTConfig
 from maskdm_fast.random import check_seed
 from maskdm_fast.train.config_json import from_json, to_json
+from maskdm_fast.train.distill_config import DistillationConfig, ScoreDistillationConfig
+from maskdm_fast.train.stage_config import DenoisingConfig, check
+
+AnyStage = DenoisingConfig | ScoreDistillationConfig
+"""Configurations of stages; in config.json their `kind` tells them apart."""
 
 
 @dataclass(frozen=True)
@@ -72,94 +74,6 @@ class DiffusionConfig:
 
 
 @dataclass(frozen=True)
-class DenoisingConfig:
-    """One stage of denoising training: pretraining with a mask, or fine-tuning and training from scratch without."""
-
-    mask: Mask = field(default_factory=NoMask)
-    """Which patches are hidden. RATIO: share of patches masked, or LOW-HIGH, from which each image draws its own; SIDE:
-    side of a block or of the kept window, in patches."""
-    mask_schedule: MaskSchedule = field(default_factory=MaskSchedule)
-    """How RATIO goes on from that of the mask: RATIO@IMAGES is reached once so many images are done, in steps or on a
-    line or a cosine. linear:0@200000 ends unmasked; steps:0.5@100000,0@150000 takes two steps there."""
-    unmasked_share: float = 0.0
-    """Probability, for each image by itself, of training it whole in spite of the mask."""
-    num_images: int | None = 1_000_000
-    """Stop after this many training images (repeats of an image count); raise it to continue a finished run. None: no
-    limit but --max-seconds."""
-    max_seconds: float | None = None
-    """Stop after this many seconds of training, counted over all resumes, without set-up, checkpoints and previews."""
-    batch_size: int = 128
-    """Images per optimizer step, over all processes."""
-    optimizer: Literal["adamw", "lamb"] = "adamw"
-    """adamw; lamb scales the step of each tensor to its norm, which keeps very large batches stable."""
-    lr: float = 2e-4
-    """Learning rate after the warm-up; constant from there on."""
-    warmup_images: int = 0
-    """Linear warm-up: step k = 1, 2, ... uses lr * min(1, k * batch_size / warmup_images), so even step 1 learns."""
-    betas: tuple[float, float] = (0.9, 0.99)
-    """Decay rates of Adam's first and second moment."""
-    weight_decay: float = 0.03
-    """Decoupled weight decay; each step shrinks the weights by lr * weight_decay."""
-    max_grad_norm: float | None = 1.0
-    """Scale the gradient down to this global L2 norm; None: never."""
-    ema_half_life_images: int = 100_000
-    """Half-life of the weights' moving average: decay per step = 0.5 ** (batch_size / ema_half_life_images)."""
-    hflip: float = 0.0
-    """Probability of mirroring an image left to right."""
-    label_drop: float = 0.0
-    """Probability of training an image without its class, which guidance needs; only with --class-conditional."""
-    class_balance: float = 0.0
-    """How evenly classes are shown: class c has a share ~ n_c ** (1 - class_balance), so 0 shows them as they are and
-    1 all equally often. The data set must have classes, the model need not."""
-    init_from: str | None = None
-    """Start from the weights of this run or checkpoint folder, with a fresh optimizer and moving average; or of a
-    checkpoint file of the official MaskDM or U-ViT code. Another image or patch size is made to fit. A relative path is
-    looked up beside the run folder first, then in the working directory."""
-    init_weights: Literal["ema", "raw"] = "ema"
-    """Which weights of `init_from`: the moving average, or the trained weights themselves."""
-
-    @property
-    def ema_decay(self) -> float:
-        """EMA decay per optimizer step, ``0.5 ** (batch_size / ema_half_life_images)``."""
-        return 0.5 ** (self.batch_size / self.ema_half_life_images)
-
-    def lr_at(self, step: int) -> float:
-        """Learning rate of the optimizer step that follows `step` finished ones."""
-        if self.warmup_images == 0:
-            return self.lr
-        return self.lr * min(1.0, (step + 1) * self.batch_size / self.warmup_images)
-
-    def mask_at(self, step: int) -> Mask:
-        """Mask of the optimizer step that follows `step` finished ones."""
-        return self.mask_schedule.mask_at(self.mask, step * self.batch_size)
-
-    def validate(self, model: UViTConfig) -> None:
-        """Raise ValueError for the first value that cannot work with `model`."""
-        side = model.image_size // model.patch_size
-        self.mask.validate((side, side))
-        self.mask_schedule.validate(self.mask)
-        if model.final_conv and self.mask != NoMask():
-            raise ValueError(
-                f"mask is {format_mask(self.mask)}, but the model has a final convolution, which needs whole images; "
-                "pretrain with final_conv=False, and switch it on for the unmasked stage, which adds it as the identity"
-            )
-        for name in ("batch_size", "lr", "ema_half_life_images"):
-            _check(name, getattr(self, name), getattr(self, name) > 0, "more than 0")
-        if self.num_images is None and self.max_seconds is None:
-            raise ValueError("num_images and max_seconds are both None, so the run would never end; set one of them")
-        for name in ("num_images", "max_seconds", "max_grad_norm"):
-            value = getattr(self, name)
-            _check(name, value, value is None or value > 0, "more than 0, or None")
-        for name in ("warmup_images", "weight_decay"):
-            _check(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
-        _check("betas", self.betas, all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")
-        for name in ("hflip", "label_drop", "class_balance", "unmasked_share"):
-            _check(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "a number from 0 to 1")
-        if self.unmasked_share and self.mask == NoMask():
-            raise ValueError(f"unmasked_share is {self.unmasked_share}, but all images are whole; set a mask")
-
-
-@dataclass(frozen=True)
 class MachineConfig:
     """Where and how the work is done. May change when a run is resumed: it alters results by rounding at most."""
 
@@ -187,6 +101,9 @@ class MachineConfig:
     data_device: Literal["auto", "cpu", "device"] = "auto"
     """Where the packed images are kept: memory-mapped (cpu), or whole in the memory of the GPU (device). auto: there if
     they fit easily."""
+    offload_idle: bool = False
+    """Of networks that are trained in turn, as in distillation: keep the state of those optimizers that wait in the
+    memory of the CPU."""
     stall_seconds: float = 600.0
     """Report rank and stack of a step that takes longer, and end the process when it takes twice as long."""
     cache_dir: str | None = None
@@ -221,10 +138,10 @@ class OutputConfig:
     def validate(self) -> None:
         """Raise ValueError for the first value out of its range."""
         for name in ("log_images", "checkpoint_images", "keep_checkpoints", "score_steps"):
-            _check(name, getattr(self, name), getattr(self, name) > 0, "more than 0")
+            check(name, getattr(self, name), getattr(self, name) > 0, "more than 0")
         for name in ("preview_images", "score_images"):
-            _check(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
-        _check("score_num_images", self.score_num_images, self.score_num_images >= 2, "at least 2")
+            check(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
+        check("score_num_images", self.score_num_images, self.score_num_images >= 2, "at least 2")
 
 
 @dataclass(frozen=True)
@@ -266,7 +183,7 @@ class SharedConfig:
 class RunConfig(SharedConfig):
     """One run: one folder, one stage."""
 
-    stage: DenoisingConfig = field(default_factory=DenoisingConfig)
+    stage: AnyStage = field(default_factory=DenoisingConfig)
 
     @property
     def latents(self) -> LatentScaling | None:
@@ -279,26 +196,22 @@ class RunConfig(SharedConfig):
         if self.latents is not None:
             self.latents.check()
             bound = self.latent_bound
-            _check("latent_bound", bound, bound is None or bound > 0, "more than 0, or None")
+            check("latent_bound", bound, bound is None or bound > 0, "more than 0, or None")
             for part, name in ((self.stage, "hflip"), (self.output, "preview_images"), (self.output, "score_images")):
                 value = getattr(part, name)
-                _check(f"the data set holds latents; {name}", value, not value, _NO_LATENTS[name])
+                check(f"the data set holds latents; {name}", value, not value, _NO_LATENTS[name])
         self.diffusion.validate(self.model)
-        self.stage.validate(self.model)
+        self.stage.validate(self.model, has_classes=self.class_conditional or self.model.num_classes > 0)
         self.output.validate()
         micro = self.machine.micro_batch_size
-        _check("micro_batch_size", micro, micro is None or micro > 0, "more than 0, or None")
+        check("micro_batch_size", micro, micro is None or micro > 0, "more than 0, or None")
         stall = self.machine.stall_seconds
-        _check("stall_seconds", stall, stall > 0, "more than 0")
-        _check("data_share", self.data_share, 0 < self.data_share <= 1, "more than 0 and at most 1")
+        check("stall_seconds", stall, stall > 0, "more than 0")
+        check("data_share", self.data_share, 0 < self.data_share <= 1, "more than 0 and at most 1")
         if self.machine.optimizer_kernel == "apex" and (self.stage.optimizer != "adamw" or self.precision == "fp16"):
             raise ValueError(
                 f"optimizer_kernel apex computes AdamW without a loss scale, but the run has optimizer "
                 f"{self.stage.optimizer} and precision {self.precision}; leave it out"
-            )
-        if self.stage.label_drop and not (self.class_conditional or self.model.num_classes):
-            raise ValueError(
-                f"label_drop is {self.stage.label_drop}, but the model has no classes; add --class-conditional"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -317,17 +230,22 @@ class RunConfig(SharedConfig):
 
 @dataclass(frozen=True)
 class Recipe(SharedConfig):
-    """Several stages in order, each initialised from the one before; each runs in its own sub-folder."""
+    """Several stages in order, each in its own sub-folder, and initialised from the one before or, if it distils,
+    taught by it."""
 
-    stages: tuple[tuple[str, DenoisingConfig], ...] = ()
+    stages: tuple[tuple[str, AnyStage], ...] = ()
 
     def runs(self) -> list[tuple[str, RunConfig]]:
         """The runs in order, as (sub-folder name such as ``1-pretrain``, configuration)."""
         shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(SharedConfig)}
         runs: list[tuple[str, RunConfig]] = []
         for number, (name, stage) in enumerate(self.stages, start=1):
-            if runs and stage.init_from is None:
-                stage = dataclasses.replace(stage, init_from=runs[-1][0])
+            before = runs[-1][0] if runs else None
+            if isinstance(stage, DistillationConfig):
+                if before is not None:
+                    stage = dataclasses.replace(stage, teacher=before)
+            elif stage.init_from is None:
+                stage = dataclasses.replace(stage, init_from=before)
             # Another seed for each stage: no stage repeats the noise and the masks of the one before it.
             stage_shared = {**shared, "seed": self.seed + number - 1}
             runs.append((f"{number}-{name}", RunConfig(**stage_shared, stage=stage)))
@@ -345,8 +263,3 @@ _NO_LATENTS = {
     "preview_images": _NO_PICTURES,
     "score_images": _NO_PICTURES,
 }
-
-
-def _check(name: str, value: Any, good: bool, want: str) -> None:
-    if not good:
-        raise ValueError(f"{name} is {value}, want {want}")

@@ -1,6 +1,7 @@
 """Configurations as JSON, and how two of them differ."""
 
 import dataclasses
+import types
 import typing
 from typing import Any
 
@@ -33,13 +34,14 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def to_json(value: Any) -> Any:
-    """A configuration as JSON values; masks and their schedules in their text forms."""
+    """A configuration as JSON values; masks and their schedules in their text forms, one of several by its `kind`."""
     if isinstance(value, Mask):
         return format_mask(value)
     if isinstance(value, MaskSchedule):
         return format_mask_schedule(value)
     if dataclasses.is_dataclass(value):
-        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        kind = {"kind": value.kind} if hasattr(value, "kind") else {}
+        return kind | {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -53,6 +55,8 @@ def from_json(kind: Any, value: Any) -> Any:
         return parse_mask(value)
     if kind == MaskSchedule:
         return parse_mask_schedule(value)
+    if isinstance(kind, types.UnionType) and isinstance(value, dict):
+        return _from_union(typing.get_args(kind), value)
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         unknown = value.keys() - {f.name for f in dataclasses.fields(kind)}
@@ -62,3 +66,12 @@ def from_json(kind: Any, value: Any) -> Any:
             )
         return kind(**{name: from_json(hints[name], item) for name, item in value.items()})
     return tuple(value) if isinstance(value, list) else value
+
+
+def _from_union(kinds: tuple[type, ...], value: dict[str, Any]) -> Any:
+    """One of several configurations, by its word; the first of them where an older version wrote none."""
+    word = value.get("kind", kinds[0].kind)
+    found = [kind for kind in kinds if kind.kind == word]
+    if not found:
+        raise ValueError(f"there is no stage of kind {word!r}; another version of the package wrote it")
+    return from_json(found[0], {name: item for name, item in value.items() if name != "kind"})

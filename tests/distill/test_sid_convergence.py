@@ -91,11 +91,11 @@ METHODS = [
     ids=["sid-edm", "sid-cosine", "sid-linear", "sid-flow", "dmd2-vp"],
 )
 def test_with_a_fake_network_that_learns(method, fake_updates, name, prediction):
-    networks, num_steps, batch = learned(name, prediction, -0.1, 0.8), 250, 64
+    networks, num_steps, batch = learned(name, prediction, -0.1, 0.8), 250 * fake_updates, 64
     alternation, slots = Alternation(fake_updates), torch.arange(batch)
     models = networks.fake.model, networks.generator.denoiser.model
     optimizers = [torch.optim.Adam(model.parameters(), lr=2e-2, betas=(0.0, 0.99)) for model in models]
-    decays = [torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, num_steps) for optimizer in optimizers]
+    decays = [torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, 250) for optimizer in optimizers]
     distances = []
 
     def update(optimizer, loss):
@@ -104,9 +104,11 @@ def test_with_a_fake_network_that_learns(method, fake_updates, name, prediction)
         optimizer.step()
 
     for step in range(num_steps):
-        for number in alternation.fake_numbers(step):
-            update(optimizers[0], method.fake_loss(networks, None, seed=1, step=number, slots=slots)["loss"])
-        draw = {"seed": 1, "step": alternation.generator_number(step), "slots": slots}
+        draw = {"seed": 1, "step": alternation.fake_number(step), "slots": slots}
+        update(optimizers[0], method.fake_loss(networks, None, **draw)["loss"])
+        if not alternation.trains_generator(step):
+            continue
+        draw["step"] = alternation.generator_number(step)
         result = method.generator_loss(networks, None, **draw)
         distances.append(result["distance_per_image"].mean().item())
         update(optimizers[1], result["loss"])
