@@ -15,8 +15,9 @@ from maskdm_fast.train.world import make_world
 class DrawOptions:
     """How images are drawn from a run."""
 
-    steps: int = 50
-    """Steps of the sampler, 1 to 1000: more is slower and usually better."""
+    steps: int | None = None
+    """Steps of the sampler, 1 to 1000: more is slower and usually better. Default: 50, or those that a distilled run
+    was made for."""
     sampler: Literal["ddim", "ddpm", "euler", "heun", "dpmpp_2m"] = "ddim"
     """ddim; dpmpp_2m, which gets by with fewer steps; heun, with two evaluations per step; euler; or the ancestral
     ddpm, which wants more steps."""

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -136,6 +137,7 @@ def generate(
     labels: Tensor | None = None,
     batch_size: int,
     as_float: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Generate images, as `diffusion.sample` does with a teacher; image i depends on (seed, first_slot + i) and its
     label alone.
@@ -151,6 +153,7 @@ def generate(
         labels: int64 ``[num_images]``, or None.
         batch_size: images per evaluation of the network.
         as_float: return float32 in about [-1, 1] instead of uint8.
+        progress: called as ``progress(images done, num_images)`` after each batch.
 
     Returns:
         On the CPU, ``[num_images, image_size, image_size, C]``: uint8 ``round((x + 1) * 127.5)``, or float32.
@@ -179,4 +182,6 @@ def generate(
             x = generator(of_batch, seed=seed, step=0, slots=slots)
             pixels = unpatchify(x, patch_size, image_size, image_size, channels).permute(0, 2, 3, 1)
             images[start:end] = pixels if as_float else ((pixels + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+            if progress is not None:
+                progress(end, num_images)
     return images

@@ -1,13 +1,37 @@
-"""Sampling from the weights of a run."""
+"""Sampling from the weights of a run, whatever its stage was."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from maskdm_fast import distill
 from maskdm_fast.diffusion import Denoiser, sample
 from maskdm_fast.models import UViT
-from maskdm_fast.train.config import RunConfig
+from maskdm_fast.train.config import DenoisingConfig, RunConfig, ScoreDistillationConfig
+
+DEFAULT_STEPS = 50
+"""Of the sampler of a denoising network."""
+
+
+@dataclass(frozen=True)
+class SamplerOptions:
+    """How a denoising network is sampled, as `maskdm_fast.diffusion.sample`; of a student all keep their defaults."""
+
+    num_steps: int | None = None
+    sampler: str = "ddim"
+    eta: float | None = None
+    guidance: float = 1.0
+    guidance_interval: tuple[float, float] | None = None
+
+    def check_student(self, stage: str, num_steps: int) -> None:
+        """Raise ValueError if anything is asked for that a student of so many steps cannot do."""
+        if self.num_steps not in (None, num_steps):
+            raise ValueError(f"the run is a {stage} of {num_steps} steps, but {self.num_steps} were asked for")
+        if self != SamplerOptions(self.num_steps):
+            raise ValueError(f"the run is a {stage}, which has its own sampler: leave out sampler, eta and guidance")
 
 
 def make_denoiser(config: RunConfig, tensors: dict[str, Tensor], device: torch.device) -> Denoiser:
@@ -24,7 +48,7 @@ def generate(
     tensors: dict[str, Tensor],
     num_images: int,
     *,
-    num_steps: int,
+    num_steps: int | None = None,
     sampler: str = "ddim",
     eta: float | None = None,
     guidance: float = 1.0,
@@ -42,37 +66,65 @@ def generate(
         config: of the run.
         tensors: state dict of its model, raw or averaged.
         num_images: how many.
-        device: where to compute; the other arguments are those of `maskdm_fast.diffusion.sample`.
+        num_steps: of the sampler; None: 50 of a denoising network, those that a student was made for.
+        device: where to compute; the other arguments are those of `maskdm_fast.diffusion.sample`. A student brings its
+            own sampler.
 
     Returns:
         uint8 ``[num_images, h, w, C]`` on the CPU; of a run on latents float16 ``[num_images, C, h, w]``, in the
         autoencoder's own scale.
 
     Raises:
-        ValueError: an argument is out of range, or there is guidance but the model has no classes.
+        ValueError: an argument is out of range, or is not for a student; there is guidance, but the model has no
+            classes.
     """
     model = config.model
     if labels is None and model.num_classes:
         labels = torch.arange(first_slot, first_slot + num_images) % model.num_classes
-    images = sample(
-        make_denoiser(config, tensors, device),
+    images = _DRAW[type(config.stage)](
+        config,
+        tensors,
+        SamplerOptions(num_steps, sampler, eta, guidance, guidance_interval),
+        device,
         num_images=num_images,
         image_size=model.image_size,
         channels=model.channels,
         patch_size=model.patch_size,
-        sampler=sampler,
-        num_steps=num_steps,
-        eta=eta,
-        guidance=guidance,
-        guidance_interval=guidance_interval,
         seed=seed,
         first_slot=first_slot,
         labels=labels,
         batch_size=batch_size,
-        bound=1.0 if config.latent_bound is None else config.latent_bound,
         as_float=config.latents is not None,
         progress=progress,
     )
     if config.latents is None:
         return images
     return (images / config.latents.scale + config.latents.shift).permute(0, 3, 1, 2).half()
+
+
+def _denoise(
+    config: RunConfig, tensors: dict[str, Tensor], options: SamplerOptions, device: torch.device, **drawn: Any
+) -> Tensor:
+    return sample(
+        make_denoiser(config, tensors, device),
+        sampler=options.sampler,
+        num_steps=DEFAULT_STEPS if options.num_steps is None else options.num_steps,
+        eta=options.eta,
+        guidance=options.guidance,
+        guidance_interval=options.guidance_interval,
+        bound=1.0 if config.latent_bound is None else config.latent_bound,
+        **drawn,
+    )
+
+
+def _generate(
+    config: RunConfig, tensors: dict[str, Tensor], options: SamplerOptions, device: torch.device, **drawn: Any
+) -> Tensor:
+    levels = config.stage.input_levels()
+    options.check_student("generator", len(levels))
+    shape = (config.model.num_tokens, config.model.token_dim)
+    return distill.generate(distill.Generator(make_denoiser(config, tensors, device), shape, levels), **drawn)
+
+
+_DRAW: dict[type, Callable[..., Tensor]] = {DenoisingConfig: _denoise, ScoreDistillationConfig: _generate}
+"""Samplers by the configuration of the stage."""

@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,10 @@ from maskdm_fast.train.trackers import Tracker
 from maskdm_fast.train.world import World
 
 METRICS_NAME = "metrics.jsonl"
+Value = Tensor | tuple[Tensor, Tensor]
+"""0-d tensors: a value, or a sum and its weight."""
+Values = dict[str, Value]
+"""What a step has to log, on the device; pairs where steps count differently."""
 
 
 class TrainingDivergedError(RuntimeError):
@@ -33,6 +38,8 @@ class TrainingDivergedError(RuntimeError):
 class Meter:
     """Running means of per-step values over the processes, kept on the device until they are asked for.
 
+        mean = sum of the values / number of the steps that had them;  of pairs:  sum of the sums / sum of the weights
+
     Nothing here waits for the device but `check`, `means` and `state_dict`, which all processes must call together.
     Steps that a loss scale skipped (``skipped`` is 1) count in no mean, and their values need not be finite; the scale
     itself (``loss_scale``) is told as it was last.
@@ -43,70 +50,121 @@ class Meter:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._names: list[str] = []
-        self._sums = self._skips = torch.empty(0)
-        self._bad = torch.empty(0, dtype=torch.int64)
+        self._rows: dict[tuple[str, ...], _Rows] = {}
+        self._skips: Tensor | None = None
         self._loss_scale: Tensor | None = None
-        self._saved: dict[str, float] = {}
-        self._count = self._skipped_before = 0
+        self._saved: dict[str, list[float]] = {}
+        self._saved_skips = 0.0
+        self._skipped_before = 0
 
-    def update(self, values: dict[str, Tensor], step: int) -> None:
-        """Add the values (0-d tensors, the same names every time) of step number `step`, counted from 1."""
-        values = {name: value.detach() for name, value in values.items()}
+    def update(self, values: Values, step: int) -> None:
+        """Add the values of step number `step`, counted from 1: 0-d tensors, or pairs of them (sum, weight). Steps may
+        have different ones, the same in all processes."""
+        values = dict(values)
         skipped, self._loss_scale = values.pop("skipped", None), values.pop("loss_scale", None)
-        row = torch.stack([value.to(torch.float64) for value in values.values()])
-        if not self._names:
-            self._names = [*values, *([] if skipped is None else ["skipped"])]
-            self._bad = torch.full_like(row, -1, dtype=torch.int64)
-            self._sums = torch.tensor([self._saved.get(name, 0.0) for name in values], dtype=row.dtype).to(row.device)
-            self._skips = torch.full_like(row[0], self._saved.get("skipped", 0.0))
-        bad = ~torch.isfinite(row)
+        names = tuple(values)
+        if names not in self._rows:
+            self._rows[names] = _Rows.empty(len(names), _first(next(iter(values.values()))).device)
         if skipped is not None:
-            bad &= skipped == 0
-            row = torch.where(skipped > 0, 0.0, row)
-            self._skips = self._skips + skipped
-        self._bad = torch.where((self._bad < 0) & bad, step, self._bad)
-        self._sums = self._sums + row
-        self._count += 1
+            self._skips = skipped if self._skips is None else self._skips + skipped
+        self._rows[names] = self._rows[names].plus(list(values.values()), skipped, step)
 
     def check(self) -> None:
         """Wait for the device; raise TrainingDivergedError if any value so far was not finite."""
+        if not self._rows:
+            return
         never = torch.iinfo(torch.int64).max
-        steps = self._world.smallest(torch.where(self._bad < 0, never, self._bad)).tolist()
-        bad = [(step, name) for step, name in zip(steps, self._names, strict=False) if step < never]
+        firsts = torch.cat([torch.where(rows.bad < 0, never, rows.bad) for rows in self._rows.values()])
+        names = [name for group in self._rows for name in group]
+        bad = [found for found in zip(self._world.smallest(firsts).tolist(), names, strict=True) if found[0] < never]
         if bad:
             step, name = min(bad, key=lambda found: found[0])  # of several names the first, which is the loss
             raise TrainingDivergedError(name, step)
 
     def means(self) -> dict[str, float]:
-        """Means since the last call, and start again; under a loss scale also ``skipped_steps`` since the run began."""
-        sums = self._totals()
-        skipped = sums.pop("skipped", None)
-        counted = self._count - (skipped or 0.0)
-        means = {name: total / counted if counted else math.nan for name, total in sums.items()}
-        if skipped is not None:
-            self._skipped_before += int(skipped)
+        """Means since the last call, and start again, of what had a weight at all; under a loss scale also
+        ``skipped_steps`` since the run began."""
+        totals, skips = self._totals()
+        means = {name: total / weight for name, (total, weight) in totals.items() if weight}
+        if skips is not None:
+            self._skipped_before += int(skips)
             means["skipped_steps"] = self._skipped_before
             self._skips = torch.zeros_like(self._skips)
         if self._loss_scale is not None:
             means["loss_scale"] = float(self._loss_scale)
-        self._sums, self._count, self._saved = torch.zeros_like(self._sums), 0, {}
+        self._rows = {names: rows.emptied() for names, rows in self._rows.items()}
+        self._saved, self._saved_skips = {}, 0.0
         return means
 
     def state_dict(self) -> dict[str, Any]:
         """The unfinished sums, so that a resumed run logs the same means as one that was never stopped."""
-        return {"count": self._count, "sums": self._totals(), "skipped_steps": self._skipped_before}
+        totals, skips = self._totals()
+        return {"sums": totals, "skips": skips or 0.0, "skipped_steps": self._skipped_before}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned; before the first `update`."""
-        self._count, self._saved = state["count"], dict(state["sums"])
+        sums = state["sums"]
+        if "count" in state:  # an older version had one weight for all
+            weight = state["count"] - sums.get("skipped", 0.0)
+            state = {**state, "skips": sums.get("skipped", 0.0)}
+            sums = {name: [total, weight] for name, total in sums.items() if name != "skipped"}
+        self._saved, self._saved_skips = {name: list(pair) for name, pair in sums.items()}, state["skips"]
         self._skipped_before = state.get("skipped_steps", 0)
 
-    def _totals(self) -> dict[str, float]:
-        if not self._names:
-            return dict(self._saved)
-        held = [*self._sums.cpu(), *([self._skips.cpu()] if "skipped" in self._names else [])]
-        return dict(zip(self._names, self._world.mean(torch.stack(held)).tolist(), strict=True))
+    def _totals(self) -> tuple[dict[str, list[float]], float | None]:
+        """[sum, weight] by name, and the skipped steps, None without a loss scale; all of them means over processes."""
+        totals = {name: list(pair) for name, pair in self._saved.items()}
+        parts = [rows.sums.flatten() for rows in self._rows.values()]
+        if self._skips is not None:
+            parts.append(self._skips.double()[None])
+        if not parts:
+            return totals, None
+        found = self._world.mean(torch.cat(parts)).tolist()
+        for names in self._rows:
+            for place, name in enumerate(names):
+                pair = totals.setdefault(name, [0.0, 0.0])
+                pair[0] += found[place]
+                pair[1] += found[len(names) + place]
+            found = found[2 * len(names) :]
+        return totals, None if self._skips is None else found[0] + self._saved_skips
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What steps with the same names add up to.
+
+    Attributes:
+        sums: float64 ``[2, names]``: of the values, and of their weights.
+        bad: int64 ``[names]``, the first step with a value that is not finite, or -1.
+    """
+
+    sums: Tensor
+    bad: Tensor
+
+    @classmethod
+    def empty(cls, num_names: int, device: torch.device) -> "_Rows":
+        return cls(
+            torch.zeros(2, num_names, dtype=torch.float64, device=device),
+            torch.full((num_names,), -1, dtype=torch.int64, device=device),
+        )
+
+    def emptied(self) -> "_Rows":
+        return _Rows(torch.zeros_like(self.sums), self.bad)
+
+    def plus(self, values: list[Value], skipped: Tensor | None, step: int) -> "_Rows":
+        one = torch.ones((), dtype=torch.float64, device=self.sums.device)
+        pairs = [value if isinstance(value, tuple) else (value, one) for value in values]
+        row = torch.stack([item.detach().to(torch.float64) for side in zip(*pairs, strict=True) for item in side])
+        row = row.view_as(self.sums)
+        bad = ~torch.isfinite(row[0])
+        if skipped is not None:
+            bad &= skipped == 0
+            row = torch.where(skipped > 0, 0.0, row)
+        return _Rows(self.sums + row, torch.where((self.bad < 0) & bad, step, self.bad))
+
+
+def _first(value: Value) -> Tensor:
+    return value[0] if isinstance(value, tuple) else value
 
 
 class Stopwatch:

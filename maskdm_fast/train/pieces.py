@@ -79,6 +79,30 @@ class Held:
         return self._groups[group][name]
 
 
+class Renamed:
+    """Implements `Reader` on those groups of another one whose names begin with `prefix`, without it.
+
+    Args:
+        reader: the other one.
+        prefix: of the names.
+    """
+
+    def __init__(self, reader: Reader, prefix: str) -> None:
+        self._reader, self._prefix = reader, prefix
+
+    def names(self, group: str) -> Collection[str]:
+        return self._reader.names(self._prefix + group)
+
+    def shape(self, group: str, name: str) -> tuple[int, ...]:
+        return self._reader.shape(self._prefix + group, name)
+
+    def fragment(self, group: str, name: str, start: int, stop: int) -> Tensor:
+        return self._reader.fragment(self._prefix + group, name, start, stop)
+
+    def tensor(self, group: str, name: str) -> Tensor:
+        return self._reader.tensor(self._prefix + group, name)
+
+
 def share_out(sizes: Mapping[str, int], world_size: int) -> dict[str, int]:
     """Which process writes which of the tensors that all of them hold: the largest first, each to who has the least.
 

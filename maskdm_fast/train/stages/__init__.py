@@ -6,18 +6,24 @@ entry in `STAGES`. The trainer does not change.
 
 from dataclasses import replace
 
-from maskdm_fast.train.config import DenoisingConfig, RunConfig
+from maskdm_fast.train.config import DenoisingConfig, RunConfig, ScoreDistillationConfig
 from maskdm_fast.train.memory import check_engine
 from maskdm_fast.train.stages.base import Batch, Stage
 from maskdm_fast.train.stages.denoising import DenoisingStage
+from maskdm_fast.train.stages.score import ScoreDistillationStage
 from maskdm_fast.train.weights import Weights
 from maskdm_fast.train.world import World
 
-STAGES = {DenoisingConfig: DenoisingStage}
+STAGES: dict[type, type[Stage]] = {
+    DenoisingConfig: DenoisingStage,
+    ScoreDistillationConfig: ScoreDistillationStage,
+}
 """Which stage serves which configuration."""
 
 
-def build_stage(config: RunConfig, world: World, weights: Weights | None = None) -> Stage:
+def build_stage(
+    config: RunConfig, world: World, weights: Weights | None = None, teacher: Weights | None = None
+) -> Stage:
     """The stage that `config` asks for; arguments and errors as in `Stage.build`.
 
     Here the engine auto is plain, or ddp if there are several processes; `maskdm_fast.train.train` asks what fits.
@@ -26,7 +32,7 @@ def build_stage(config: RunConfig, world: World, weights: Weights | None = None)
         engine = "plain" if world.world_size == 1 else "ddp"
         config = replace(config, machine=replace(config.machine, engine=engine))
     check_engine(config, config.machine.engine, world.world_size)
-    return STAGES[type(config.stage)].build(config, world, weights)
+    return STAGES[type(config.stage)].build(config, world, weights, teacher)
 
 
-__all__ = ["STAGES", "Batch", "DenoisingStage", "Stage", "build_stage"]
+__all__ = ["STAGES", "Batch", "DenoisingStage", "ScoreDistillationStage", "Stage", "build_stage"]

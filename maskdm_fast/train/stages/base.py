@@ -7,6 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from maskdm_fast.train.config import RunConfig
+from maskdm_fast.train.metrics import Values
 from maskdm_fast.train.pieces import Pieces, Reader
 from maskdm_fast.train.weights import Weights
 from maskdm_fast.train.world import World
@@ -38,20 +39,22 @@ class Stage(Protocol):
     """
 
     @classmethod
-    def build(cls, config: RunConfig, world: World, weights: Weights | None) -> "Stage":
+    def build(cls, config: RunConfig, world: World, weights: Weights | None, teacher: Weights | None = None) -> "Stage":
         """Make networks and engines.
 
         Args:
             config: of the run.
             world: the processes that train.
-            weights: what to begin with (optimizer and moving average start fresh); None: drawn from the run's seed.
+            weights: what to begin with (optimizer and moving average start fresh); None: a student begins at its
+                teacher's weights, another network at draws of the run's seed.
+            teacher: what is distilled; None unless the stage distils.
 
         Raises:
             ValueError: `weights` do not fit; the message names the tensors.
         """
         ...
 
-    def step(self, batches: Sequence[Batch], step: int) -> dict[str, Tensor]:
+    def step(self, batches: Sequence[Batch], step: int) -> Values:
         """One optimizer step on this process's part of the global batch, in micro-batches.
 
         Args:
@@ -59,8 +62,8 @@ class Stage(Protocol):
             step: optimizer steps done before this one.
 
         Returns:
-            What to log, 0-d tensors on the device, to be averaged over the processes: at least ``loss`` and
-            ``grad_norm``; ``skipped`` is 1 where a loss scale made the step void. Nothing here waits for the device.
+            What to log, to be averaged over steps and processes as `Meter` does: at least ``loss`` and ``grad_norm``;
+            ``skipped`` is 1 where a loss scale made the step void. Nothing here waits for the device.
         """
         ...
 

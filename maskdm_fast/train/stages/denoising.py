@@ -1,27 +1,29 @@
 """Denoising on visible patches: pretraining with a mask; fine-tuning or training from scratch without one."""
 
-import functools
-import sys
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from maskdm_fast.diffusion import MaskedObjective
-from maskdm_fast.diffusion.masking import Grid, Mask
-from maskdm_fast.models import TRANSFERABLE, UViT, UViTConfig, changed_fields, transfer
-from maskdm_fast.models.layers import Block
+from maskdm_fast.diffusion.masking import Mask
 from maskdm_fast.train.config import RunConfig
-from maskdm_fast.train.costs import counts_of_mask, model_flops
+from maskdm_fast.train.costs import counts_of_mask
 from maskdm_fast.train.cuda_graph import check_cuda_graph
-from maskdm_fast.train.engine import Engine, EngineSettings, OptimizerSettings, make_engine
-from maskdm_fast.train.generation import generate
+from maskdm_fast.train.engine import Engine
+from maskdm_fast.train.metrics import Values
 from maskdm_fast.train.pieces import Pieces, Reader
 from maskdm_fast.train.stages.base import PREVIEW_STEPS, Batch
+from maskdm_fast.train.stages.parts import (
+    engine_of,
+    flops_of_training,
+    initial_values,
+    meta_network,
+    optimizer_settings,
+    preview,
+)
 from maskdm_fast.train.weights import Weights
 from maskdm_fast.train.world import World
-
-_SHOWN = 10
 
 
 class DenoisingStage:
@@ -52,36 +54,16 @@ class DenoisingStage:
         )
 
     @classmethod
-    def build(cls, config: RunConfig, world: World, weights: Weights | None) -> "DenoisingStage":
-        stage, machine = config.stage, config.machine
-        optimizer = OptimizerSettings(
-            stage.betas,
-            stage.weight_decay,
-            stage.max_grad_norm,
-            stage.ema_decay,
-            stage.optimizer,
-            machine.optimizer_kernel,
-        )
-        with torch.device("meta"):
-            # An engine may cut its network in pieces; the other one keeps the shapes.
-            model, shapes = UViT(config.model), UViT(config.model)
-        values = functools.partial(shapes.initial_value, seed=config.seed)
-        if weights is not None:
-            values = _fitting(model, weights, world).__getitem__
-        model.activation_checkpointing = machine.activation_checkpointing
-        blocks = tuple(module for module in model.modules() if isinstance(module, Block))
-        settings = EngineSettings(
-            config.precision,
-            len(world.micro_batches(stage.batch_size, machine.micro_batch_size)),
-            blocks if machine.compile else (),
-            machine.layer_norm,
-            machine.cuda_graph,
-        )
-        if machine.cuda_graph:
-            check_cuda_graph(config, world.device, machine.engine)
-        return cls(config, make_engine(machine.engine, model, optimizer, settings, world, values), world)
+    def build(
+        cls, config: RunConfig, world: World, weights: Weights | None, teacher: Weights | None = None
+    ) -> "DenoisingStage":
+        if config.machine.cuda_graph:
+            check_cuda_graph(config, world.device, config.machine.engine)
+        values = initial_values(config, weights, world)
+        engine = engine_of(config, world, meta_network(config), optimizer_settings(config), values)
+        return cls(config, engine, world)
 
-    def step(self, batches: Sequence[Batch], step: int) -> dict[str, Tensor]:
+    def step(self, batches: Sequence[Batch], step: int) -> Values:
         engine = self._engine
         means = {name: torch.zeros((), device=engine.device) for name in ("loss", "mask_ratio")}
         mask = self._config.stage.mask_at(step)
@@ -118,7 +100,7 @@ class DenoisingStage:
     def flops_per_image(self, step: int) -> float:
         config, stage = self._config.model, self._config.stage
         side = config.image_size // config.patch_size
-        return _model_flops(config, stage.mask_at(step), stage.unmasked_share, (side, side))
+        return flops_of_training(config, stage.mask_at(step), stage.unmasked_share, (side, side))
 
     def tokens_per_image(self, step: int) -> float:
         config, stage = self._config.model, self._config.stage
@@ -127,25 +109,7 @@ class DenoisingStage:
         return config.num_extras + sum(count * share for count, share in counts)
 
     def preview(self, num_images: int, *, labels: Tensor | None = None, num_steps: int = PREVIEW_STEPS) -> Tensor:
-        tensors = self._engine.averaged()
-        world = self._world
-        mine = torch.arange(num_images).tensor_split(world.world_size)[world.rank].tolist()
-
-        def draw() -> Tensor | None:
-            if not mine:
-                return None
-            return generate(
-                self._config,
-                tensors,
-                len(mine),
-                num_steps=num_steps,
-                seed=self._config.seed,
-                first_slot=mine[0],
-                labels=None if labels is None else labels[mine],
-                device=self._engine.device,
-            )
-
-        return torch.cat([images for images in world.everywhere(draw) if images is not None])
+        return preview(self._config, self._engine.averaged(), self._world, num_images, labels, num_steps)
 
     def pieces(self) -> Pieces:
         return self._engine.pieces()
@@ -155,38 +119,3 @@ class DenoisingStage:
 
     def close(self) -> None:
         self._engine.close()
-
-
-@functools.lru_cache(maxsize=64)
-def _model_flops(config: UViTConfig, mask: Mask, unmasked_share: float, grid: Grid) -> float:
-    return model_flops(config, counts_of_mask(mask, unmasked_share, grid))
-
-
-def _fitting(model: UViT, weights: Weights, world: World) -> dict[str, Tensor]:
-    """Trained weights, resized to the model's image and patch size; or raise ValueError naming what does not fit."""
-    own, tensors = model.state_dict(), weights.tensors
-    changed = changed_fields(weights.config.model, model.config)
-    if changed and changed.keys() <= TRANSFERABLE:
-        tensors = transfer(tensors, weights.config.model, model.config)
-        words = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in sorted(changed.items()))
-        if world.is_main:
-            print(f"the weights of {weights.checkpoint.path} were made to fit: {words}", file=sys.stderr, flush=True)
-    problems = [
-        f"{name}: {_shape(tensors.get(name))} there, {_shape(own.get(name))} here"
-        for name in sorted(own.keys() | tensors.keys())
-        if _shape(own.get(name)) != _shape(tensors.get(name))
-    ]
-    if "num_heads" in changed:  # the one difference that no shape shows
-        problems.insert(0, "num_heads: {} there, {} here".format(*changed["num_heads"]))
-    if problems:
-        shown = "".join(f"\n  {problem}" for problem in problems[:_SHOWN])
-        more = f"\n  ... and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        raise ValueError(
-            f"the weights of {weights.checkpoint.path} do not fit this model:{shown}{more}\n"
-            "Give both runs the same model options."
-        )
-    return tensors
-
-
-def _shape(tensor: Tensor | None) -> str:
-    return "absent" if tensor is None else str(list(tensor.shape))
