@@ -186,7 +186,7 @@ def _train_options(
 ) -> "tuple[RunConfig | Recipe, Path, tuple[str, ...], tuple[int, ...]]":
     """The configuration of `preset` with the options of the command line, the run folder, and the machines of a dry
     run (none for a real one) and their numbers of processes."""
-    from maskdm_fast.train.config import DenoisingConfig, Recipe, RunConfig, SharedConfig
+    from maskdm_fast.train.config import Recipe, RunConfig, SharedConfig
     from maskdm_fast.train.extras import require
     from maskdm_fast.train.hardware import HERE, NAMES
     from maskdm_fast.train.presets import PRESETS
@@ -196,7 +196,6 @@ def _train_options(
     shared = SharedConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(SharedConfig)})
     stages = dict(config.stages) if isinstance(config, Recipe) else {"stage": config.stage}
     # Options of a recipe's stages carry the stage's name (--pretrain.lr); where there is one stage they do not (--lr).
-    stage_type = DenoisingConfig if isinstance(config, Recipe) else Annotated[DenoisingConfig, conf.OmitArgPrefixes]
     out_help = "Run folder. If it holds a run that was begun with the same options, that run goes on."
     dry_run_help = "Print the configuration, its sizes and what it costs on this machine, and do nothing else."
     hardware_help = "With --dry-run: what it costs on these machines instead; by data sheets, or here by a quick probe."
@@ -212,7 +211,8 @@ def _train_options(
         ("shared", Annotated[SharedConfig, conf.OmitArgPrefixes], dataclasses.field(default_factory=lambda: shared)),
     ]
     for name, stage in stages.items():
-        fields.append((name, stage_type, dataclasses.field(default_factory=lambda stage=stage: stage)))
+        kind = type(stage) if isinstance(config, Recipe) else Annotated[type(stage), conf.OmitArgPrefixes]
+        fields.append((name, kind, dataclasses.field(default_factory=lambda stage=stage: stage)))
     options_type = dataclasses.make_dataclass("TrainOptions", fields, frozen=True)
     options_type.__doc__ = PRESETS[preset].__doc__
     options = _parse(options_type, arguments, f"{PROGRAM} train {preset}")

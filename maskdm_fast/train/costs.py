@@ -20,7 +20,7 @@ from maskdm_fast.ops.masked_attention import cost as masked_attention
 from maskdm_fast.ops.masked_dsm_loss import cost as masked_dsm_loss
 from maskdm_fast.ops.noise_visible_patches import cost as noise_visible_patches
 from maskdm_fast.ops.work import FLOAT, INDEX, Work
-from maskdm_fast.train.config import DenoisingConfig
+from maskdm_fast.train.stage_config import DenoisingConfig, StageConfig
 
 NOTHING = Work()
 
@@ -203,8 +203,10 @@ def counts_of_mask(mask: Mask, unmasked_share: float, grid: Grid) -> Counts:
     return sorted(shares.items())
 
 
-def visible_counts(stage: DenoisingConfig, grid: Grid) -> Counts:
-    """Visible patches over a whole run, whose mask may move."""
+def visible_counts(stage: StageConfig, grid: Grid) -> Counts:
+    """Visible patches over a whole run, whose mask may move; a distillation sees whole images."""
+    if not isinstance(stage, DenoisingConfig):
+        return [(NoMask().num_visible(grid), 1.0)]
     steps = 1 if stage.num_images is None else -(-stage.num_images // stage.batch_size)
     probes = min(steps, _PROBED_STEPS)
     shares: dict[int, list[float]] = {}

@@ -12,12 +12,15 @@ from maskdm_fast.train.stage_config import StageConfig, check
 
 @dataclass(frozen=True)
 class DistillationConfig(StageConfig):
-    """What every distillation is configured with. Without `init_from` the student begins as a copy of its teacher, and
-    it always has its network, schedule and kind of prediction."""
+    """What every distillation is configured with.
+
+    The student has the network, schedule and kind of prediction of its teacher, whatever the run's ``model`` and
+    ``diffusion`` say, and without `init_from` it begins as a copy."""
 
     teacher: str = "emoji32"
-    """Run, checkpoint folder or exported file whose weights are distilled. A relative path is looked up beside the run
-    folder first, then in the working directory. A copy of the weights stays in the run folder."""
+    """Run, checkpoint folder or exported file whose weights are distilled; the student has its network, schedule and
+    prediction. A relative path is looked up beside the run folder first, then in the working directory. A copy of the
+    weights stays in the run folder."""
     teacher_weights: Literal["ema", "raw"] = "ema"
     """Which weights of the teacher: the moving average, or the trained weights themselves."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -25,12 +28,17 @@ class DistillationConfig(StageConfig):
     max_grad_norm: float | None = None
     ema_half_life_images: int = 500_000
 
+    def student_prediction(self, of_teacher: str) -> str:
+        """What the student of a teacher with this kind of prediction predicts."""
+        return of_teacher
+
 
 @dataclass(frozen=True)
 class ScoreDistillationConfig(DistillationConfig):
     """One stage of score distillation: a generator, and a fake network that knows what the generator makes."""
 
     kind: ClassVar[str] = "score-distillation"
+    makes_denoiser: ClassVar[bool] = False
 
     method: Literal["sid", "sida", "dmd2"] = "sid"
     """sid needs no images; sida adds a discriminator, which does; dmd2 has cheaper steps, and one as well."""

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-from maskdm_fast.train.config import DenoisingConfig
 from maskdm_fast.train.extras import require
+from maskdm_fast.train.stage_config import StageConfig
 
 _SHOWN_SHARE = 0.1
 _BAR = "{desc} {percentage:3.0f}%|{bar}|{postfix}"
@@ -21,7 +21,7 @@ class Progress:
         file: where to write; by default stderr.
     """
 
-    def __init__(self, title: str, stage: DenoisingConfig, file: TextIO | None = None) -> None:
+    def __init__(self, title: str, stage: StageConfig, file: TextIO | None = None) -> None:
         self._file = sys.stderr if file is None else file
         self._title, self._stage = title, stage
         self._bar = None

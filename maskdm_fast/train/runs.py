@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from maskdm_fast.data import ImageStore, StoreHeader, open_dataset
-from maskdm_fast.models import is_official, load_official
 from maskdm_fast.ops import backend
 from maskdm_fast.train import checkpoint as checkpoints
 from maskdm_fast.train.config import Recipe, RunConfig
@@ -25,9 +24,10 @@ from maskdm_fast.train.progress import step_bar
 from maskdm_fast.train.scores import Scorer
 from maskdm_fast.train.signals import StopSignals
 from maskdm_fast.train.stages import build_stage
+from maskdm_fast.train.teachers import find_teacher, fit_to_teacher, keep_teacher
 from maskdm_fast.train.trackers import require_trackers
 from maskdm_fast.train.trainer import Trainer, TrainResult
-from maskdm_fast.train.weights import Weights, is_exported, load_weights
+from maskdm_fast.train.weights import Weights, load_trained
 from maskdm_fast.train.world import World, make_world
 
 
@@ -44,7 +44,7 @@ def train(
 
     Raises:
         ValueError: the configuration cannot work, or differs from the one the folder was begun with.
-        FileNotFoundError: the data set or `init_from` is not there.
+        FileNotFoundError: the data set, `init_from` or the teacher is not there.
         TrainingDivergedError: a loss or gradient was not finite.
         CheckpointError: a checkpoint cannot be written, or those that are there are all damaged.
         PeerError, LostPeerError: another process failed, or ended.
@@ -56,6 +56,9 @@ def train(
     require_trackers(config.output.trackers)
     folder = Path(folder)
     world = make_world(config.machine.device)
+    teacher = find_teacher(config, folder, world)
+    if teacher is not None:
+        config = fit_to_teacher(config, teacher, world)
     store = world.on_each_machine(lambda: open_store(config))
     config = fit_to_latents(fit_to_classes(config, store.class_names), store.header)
     settled = _settle_engine(config, world)
@@ -64,14 +67,14 @@ def train(
         cache_dir = config.machine.cache_dir or default_cache_dir()
         score = Scorer(config, store, cache_dir=cache_dir, world=world)
     with ExitStack() as stack:
-        world.on_main(lambda: _take(folder, config, stack))
+        world.on_main(lambda: _take(folder, config, teacher, stack))
         _check_shared(folder, world)
         signals = signals or stack.enter_context(StopSignals())
         checkpoint = world.on_main(lambda: checkpoints.resume(folder))
         weights = None
         if checkpoint is None and config.stage.init_from is not None:
             weights = _initial_weights(config, folder, world)
-        stage = build_stage(settled, world, weights)
+        stage = build_stage(settled, world, weights, teacher)
         memory = memory_per_rank(settled, settled.machine.engine, world.world_size)
         taken = backend.allocated_memory(world.device)
         feed = Feed(config, store, world, still_needed=memory.still_needed(taken))
@@ -95,11 +98,13 @@ def _settle_engine(config: RunConfig, world: World) -> RunConfig:
     return replace(config, machine=replace(config.machine, engine=engine))
 
 
-def _take(folder: Path, config: RunConfig, stack: ExitStack) -> None:
-    """Make the run folder, hold it until `stack` closes, and write down what it is for."""
+def _take(folder: Path, config: RunConfig, teacher: Weights | None, stack: ExitStack) -> None:
+    """Make the run folder, hold it until `stack` closes, and write down what it is for and by whom it is taught."""
     make_folder(folder)
     stack.enter_context(checkpoints.locked(folder))
     _claim(folder, config)
+    if teacher is not None:
+        keep_teacher(teacher, folder)
 
 
 def _check_shared(folder: Path, world: World) -> None:
@@ -192,25 +197,15 @@ def default_cache_dir() -> Path:
 
 
 def _initial_weights(config: RunConfig, folder: Path, world: World) -> Weights:
-    """The weights that ``init_from`` names: looked up beside the run folder first, then from the working directory."""
-    beside = folder.parent / config.stage.init_from
-    path = beside if beside.exists() else Path(config.stage.init_from)
-    model, which = config.model, config.stage.init_weights
-    try:
-        if is_official(path) and not is_exported(path):
-            found = load_official(path, which, num_heads=model.num_heads, num_classes=model.num_classes or None)
-            # Of another code's run nothing but the network is known, and nothing but that is asked.
-            config = replace(config, model=found.config)
-            return Weights(config, found.tensors, checkpoints.Checkpoint(path, {}), which)
-        weights = load_weights(path, which)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"nothing to start from: {error} (--init-from {config.stage.init_from})") from None
+    """The weights that ``init_from`` names."""
+    stage = config.stage
+    weights = load_trained(stage.init_from, folder, stage.init_weights, config, f"--init-from {stage.init_from}")
     for name in ("schedule", "prediction"):
         there, here = (getattr(each.diffusion, name) for each in (weights.config, config))
         if there != here and world.is_main:
             warnings.warn(
-                f"the weights of {path} were trained with {name} {there}, this run has {here}: what the network has "
-                "learnt to predict is not what it is asked for now",
+                f"the weights of {weights.checkpoint.path} were trained with {name} {there}, this run has {here}: what "
+                "the network has learnt to predict is not what it is asked for now",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -21,9 +21,11 @@ class StageConfig:
 
     Attributes:
         kind: the word for the stage in config.json.
+        makes_denoiser: whether its network denoises at every noise level, so that it can be a teacher.
     """
 
     kind: ClassVar[str]
+    makes_denoiser: ClassVar[bool] = True
 
     num_images: int | None = 1_000_000
     """Stop after this many training images (repeats of an image count); raise it to continue a finished run. None: no

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -11,11 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from maskdm_fast.models import is_official, load_official
 from maskdm_fast.train import checkpoint as checkpoints
 from maskdm_fast.train.checkpoint import Checkpoint
-from maskdm_fast.train.config import RunConfig
+from maskdm_fast.train.config import DenoisingConfig, RunConfig
 from maskdm_fast.train.extras import require
-from maskdm_fast.train.pieces import FileReader, write_whole
+from maskdm_fast.train.pieces import FileReader, Held, Reader, write_whole
 
 Tensors = dict[str, Tensor]
 _KEY = "maskdm_fast"  # of an exported file's metadata
@@ -92,14 +93,58 @@ def export(
     """
     checkpoint, out = _find(path, which), Path(out)
     kept = {name: checkpoint.state[name] for name in _KEPT if name in checkpoint.state}
+    _write(out, checkpoint.reader, _GROUPS[which], kept, which, dtype)
+    return checkpoint
+
+
+def save_weights(weights: Weights, out: Path) -> None:
+    """Write weights to a file that `load_weights` reads; it appears under its name only when it is complete."""
+    kept = {name: weights.checkpoint.state[name] for name in _KEPT if name in weights.checkpoint.state}
+    group = _GROUPS[weights.which]
+    _write(out, Held({group: weights.tensors}), group, {**kept, "config": weights.config.to_dict()}, weights.which)
+
+
+def _write(
+    out: Path,
+    reader: Reader,
+    group: str,
+    kept: dict[str, Any],
+    which: str,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     temporary = out.with_name(f".{out.name}.tmp")
     try:
-        metadata = {_KEY: json.dumps({**kept, "which": which})}
-        write_whole(temporary, checkpoint.reader, _GROUPS[which], dtype, metadata)
+        write_whole(temporary, reader, group, dtype, {_KEY: json.dumps({**kept, "which": which})})
         os.replace(temporary, out)
     finally:
         temporary.unlink(missing_ok=True)
-    return checkpoint
+
+
+def load_trained(name: str, folder: Path, which: Literal["ema", "raw"], config: RunConfig, option: str) -> Weights:
+    """The weights that an option of a run names: looked up beside the run folder, then from the working directory.
+
+    Args:
+        name: as in `load_weights`, or a checkpoint file of the official MaskDM or U-ViT code.
+        folder: the run folder.
+        which: the moving average, or the trained weights themselves.
+        config: of the run, for what an official file does not say.
+        option: the option as it was given, for the message.
+
+    Raises:
+        As `load_weights`.
+    """
+    beside = folder.parent / name
+    path = beside if beside.exists() else Path(name)
+    try:
+        if is_official(path) and not is_exported(path):
+            model = config.model
+            found = load_official(path, which, num_heads=model.num_heads, num_classes=model.num_classes or None)
+            # Of another code's run nothing but the network is known, and nothing but that is asked.
+            config = replace(config, model=found.config, stage=DenoisingConfig())
+            return Weights(config, found.tensors, Checkpoint(path, {}), which)
+        return load_weights(path, which)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"nothing to start from: {error} ({option})") from None
 
 
 def is_exported(path: Path) -> bool:

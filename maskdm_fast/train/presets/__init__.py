@@ -7,7 +7,7 @@ A new preset is a function in the file of its family, and its name in `FAMILIES`
 from collections.abc import Callable
 
 from maskdm_fast.train.config import Recipe, RunConfig
-from maskdm_fast.train.presets import celeba, emoji, photos256, smoke
+from maskdm_fast.train.presets import celeba, distilled, emoji, photos256, smoke
 
 Preset = Callable[[], RunConfig | Recipe]
 
@@ -21,6 +21,7 @@ FAMILIES: dict[str, tuple[Preset, ...]] = {
         emoji.emoji64,
         emoji.emoji64_transfer,
     ),
+    "emoji in few steps, from the run emoji32 beside them": (distilled.emoji32_distill_sid,),
     "photos at 64 and 128 px, as MaskDM on CelebA (give --data FOLDER)": (
         celeba.small64,
         celeba.small64_pretrain,

@@ -1,0 +1,71 @@
+"""The teacher of a distillation: found, taken over into the run folder, and what the student takes from it."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+from maskdm_fast.train.config import RunConfig
+from maskdm_fast.train.distill_config import DistillationConfig
+from maskdm_fast.train.weights import Weights, load_trained, load_weights, save_weights
+from maskdm_fast.train.world import World
+
+TEACHER_NAME = "teacher.safetensors"
+"""In the run folder: the weights as they were when the run began, whatever becomes of the run that they came from."""
+
+
+def find_teacher(config: RunConfig, folder: Path, world: World) -> Weights | None:
+    """The teacher of a run: the copy in its folder, else what the configuration names; None if the run distils nothing.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it is no denoising network.
+        CheckpointError: it is damaged.
+    """
+    stage = config.stage
+    if not isinstance(stage, DistillationConfig):
+        return None
+
+    def read() -> Weights:
+        kept = folder / TEACHER_NAME
+        if kept.exists():
+            return load_weights(kept, stage.teacher_weights)
+        option = f"--teacher {stage.teacher}"
+        return load_trained(stage.teacher, folder, stage.teacher_weights, config, option)
+
+    teacher = world.on_each_machine(read)
+    if not teacher.config.stage.makes_denoiser:
+        raise ValueError(
+            f"the teacher {teacher.checkpoint.path} comes from {teacher.config.stage.kind}: it makes images in its own "
+            "steps and denoises at no other level; want a run that denoises"
+        )
+    return teacher
+
+
+def keep_teacher(teacher: Weights, folder: Path) -> None:
+    """Write the copy of the teacher, if it is not there; the main process does."""
+    if not (folder / TEACHER_NAME).exists():
+        save_weights(teacher, folder / TEACHER_NAME)
+
+
+def fit_to_teacher(config: RunConfig, teacher: Weights, world: World) -> RunConfig:
+    """`config` with the network, the schedule and the kind of prediction of its teacher; says so where that changes
+    something."""
+    prediction = config.stage.student_prediction(teacher.config.diffusion.prediction)
+    fitted = dataclasses.replace(
+        config,
+        model=teacher.config.model,
+        class_conditional=config.class_conditional or teacher.config.model.num_classes > 0,
+        diffusion=dataclasses.replace(
+            config.diffusion, schedule=teacher.config.diffusion.schedule, prediction=prediction
+        ),
+    )
+    changed = [
+        f"{part}.{field.name} {old} -> {new}"
+        for part in ("model", "diffusion")
+        for field in dataclasses.fields(getattr(config, part))
+        if (old := getattr(getattr(config, part), field.name)) != (new := getattr(getattr(fitted, part), field.name))
+    ]
+    if changed and world.is_main:
+        print(f"as the teacher {teacher.checkpoint.path}: {', '.join(changed)}", file=sys.stderr, flush=True)
+    fitted.validate()
+    return fitted
