@@ -11,6 +11,7 @@ import torch
 
 from maskdm_fast.commands.drawing import DrawOptions, class_names, draw
 from maskdm_fast.commands.labelled_folder import MANIFEST_NAME, Drawn, LabelledFolder, folder_names
+from maskdm_fast.train.config import DistillationConfig
 from maskdm_fast.train.extras import require
 from maskdm_fast.train.progress import format_seconds
 from maskdm_fast.train.weights import Weights, load_weights
@@ -86,9 +87,16 @@ def sample(options: SampleOptions) -> None:
     guided = f", guidance {options.guidance}" if options.guidance != 1 else ""
     kind = "latents" if is_latent else "images"
     print(
-        f"{drawn} {kind} from {weights.checkpoint.path} ({options.weights} weights, {options.sampler}, "
-        f"{options.steps} steps{guided}, seed {options.seed}) in {time.monotonic() - started:.1f} s\n{where}"
+        f"{drawn} {kind} from {weights.checkpoint.path} ({options.weights} weights, {_sampler(weights, options)}"
+        f"{guided}, seed {options.seed}) in {time.monotonic() - started:.1f} s\n{where}"
     )
+
+
+def _sampler(weights: Weights, options: SampleOptions) -> str:
+    stage = weights.config.stage
+    steps = stage.sampling_steps if options.steps is None else options.steps
+    name = "" if isinstance(stage, DistillationConfig) else f"{options.sampler}, "
+    return f"{name}{steps} step{'' if steps == 1 else 's'}"
 
 
 def _plan(options: SampleOptions, names: list[str]) -> list[tuple[int, int | None]]:
@@ -194,7 +202,7 @@ def _records(
     shared = {
         "seed": options.seed,
         "sampler": options.sampler,
-        "steps": options.steps,
+        "steps": weights.config.stage.sampling_steps if options.steps is None else options.steps,
         "eta": options.eta,
         "guidance": options.guidance,
         "guidance_interval": None if options.guidance_interval is None else list(options.guidance_interval),

@@ -83,6 +83,11 @@ class ScoreDistillationConfig(DistillationConfig):
     lr: float = 1e-5
     betas: tuple[float, float] = (0.0, 0.999)
 
+    @property
+    def sampling_steps(self) -> int:
+        """Those of the generator."""
+        return self.num_steps
+
     def make(self) -> Method:
         """The method.
 

@@ -12,9 +12,6 @@ from maskdm_fast.diffusion import Denoiser, sample
 from maskdm_fast.models import UViT
 from maskdm_fast.train.config import DenoisingConfig, RunConfig, ScoreDistillationConfig
 
-DEFAULT_STEPS = 50
-"""Of the sampler of a denoising network."""
-
 
 @dataclass(frozen=True)
 class SamplerOptions:
@@ -108,7 +105,7 @@ def _denoise(
     return sample(
         make_denoiser(config, tensors, device),
         sampler=options.sampler,
-        num_steps=DEFAULT_STEPS if options.num_steps is None else options.num_steps,
+        num_steps=config.stage.sampling_steps if options.num_steps is None else options.num_steps,
         eta=options.eta,
         guidance=options.guidance,
         guidance_interval=options.guidance_interval,

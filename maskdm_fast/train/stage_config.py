@@ -65,6 +65,11 @@ class StageConfig:
         """EMA decay per optimizer step, ``0.5 ** (batch_size / ema_half_life_images)``."""
         return 0.5 ** (self.batch_size / self.ema_half_life_images)
 
+    @property
+    def sampling_steps(self) -> int:
+        """Steps of the sampler unless told otherwise."""
+        return 50
+
     def warm(self, lr: float, step: int) -> float:
         """The learning rate that `lr` is after the warm-up, for the step that follows `step` finished ones."""
         if self.warmup_images == 0:
