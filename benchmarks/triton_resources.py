@@ -148,7 +148,14 @@ _VARIATIONS: dict[str, tuple[dict[str, Any], ...]] = {
         {"weighting": "l1_xt", "levels": False},
         {"reduction": "none"},
     ),
-    "adamw_ema": ({"copy": "bfloat16"}, {"clipped": False}, {"in_memory": True, "found_inf": 0.0}),
+    "adamw_ema": (
+        {"copy": "bfloat16"},
+        {"clipped": False},
+        {"in_memory": True, "found_inf": 0.0},
+        {"first_moment": False},
+        {"average": False},
+        {"first_moment": False, "average": False},
+    ),
     "lamb_ema": ({"copy": "bfloat16"}, {"clipped": False}, {"in_memory": True, "found_inf": 0.0}),
 }
 

@@ -7,7 +7,8 @@
 //   ema   += (1 - ema_decay) (param - ema)
 //   copy   = param, rounded to a 16-bit type                 where a copy is asked for
 //
-// One pass: 5 reads and 4 writes (or 5) per parameter. Nothing of it happens where found_inf is given and not 0: the
+// One pass: 5 reads and 4 writes (or 5) per parameter. Without m, which takes beta1 = 0, m is g and not kept, and without
+// ema there is no average: each is a read and a write less. Nothing of it happens where found_inf is given and not 0: the
 // step of gradients that are not finite.
 //
 // sum_of_squares is the part of the gradients' norm: 1 read per value.

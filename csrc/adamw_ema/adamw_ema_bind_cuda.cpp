@@ -31,7 +31,8 @@ void adamw_ema_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg
                 double weight_decay, int64_t step, double ema_decay, std::optional<Tensor> lr_tensor,
                 std::optional<Tensor> step_tensor, std::optional<Tensor> ema_decay_tensor,
                 std::optional<Tensor> found_inf) {
-  const auto tensors = adam_cuda_tensors_of(kOp, params, grads, exp_avgs, exp_avg_sqs, emas, copies);
+  check_beta1(kOp, exp_avgs, beta1);
+  const auto tensors = adam_cuda_tensors_of(kOp, Slots::some, params, grads, exp_avgs, exp_avg_sqs, emas, copies);
   const AdamArguments arguments{grad_scale,       lr,       beta1,     beta2,     eps,
                                 weight_decay,     step,     ema_decay, lr_tensor, step_tensor,
                                 ema_decay_tensor, found_inf};

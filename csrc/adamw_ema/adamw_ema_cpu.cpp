@@ -8,7 +8,7 @@ namespace {
 // A block of the low-precision copy is converted while the parameters it comes from are in the first cache.
 constexpr int64_t kBlock = 1024;
 
-template <class T>
+template <class T, bool kHasM, bool kHasEma>
 void run_typed(const AdamTensor& t, const AdamHyper& h, int64_t begin, int64_t end) {
   using A = accumulate_t<T>;
   T* __restrict param = reinterpret_cast<T*>(t.param);
@@ -23,13 +23,13 @@ void run_typed(const AdamTensor& t, const AdamHyper& h, int64_t begin, int64_t e
 #pragma omp simd
     for (int64_t i = start; i < stop; ++i) {
       const A g = static_cast<A>(to_acc(grad[i])) * n.grad_scale;
-      const A first = n.beta1 * m[i] + n.one_minus_beta1 * g;
+      A first = g;
+      if constexpr (kHasM) m[i] = first = n.beta1 * m[i] + n.one_minus_beta1 * g;
       const A second = n.beta2 * v[i] + n.one_minus_beta2 * (g * g);
       const A p =
           static_cast<A>(to_acc(param[i])) * keep - step_size * (first / (std::sqrt(second) * n.inverse_bias2 + n.eps));
-      m[i] = first;
       v[i] = second;
-      ema[i] += n.ema_rate * (p - ema[i]);
+      if constexpr (kHasEma) ema[i] += n.ema_rate * (p - ema[i]);
       from_acc(p, param[i]);
     }
     write_copy(t, param, start, stop);
@@ -37,7 +37,19 @@ void run_typed(const AdamTensor& t, const AdamHyper& h, int64_t begin, int64_t e
 }
 
 void run(const AdamTensor& t, const AdamHyper& h, int64_t begin, int64_t end) {
-  dispatch_floating(t.dtype, [&](auto* type) { run_typed<std::remove_pointer_t<decltype(type)>>(t, h, begin, end); });
+  dispatch_floating(t.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const bool has_m = t.m != nullptr, has_ema = t.ema != nullptr;
+    if (has_m && has_ema) {
+      run_typed<T, true, true>(t, h, begin, end);
+    } else if (has_m) {
+      run_typed<T, true, false>(t, h, begin, end);
+    } else if (has_ema) {
+      run_typed<T, false, true>(t, h, begin, end);
+    } else {
+      run_typed<T, false, false>(t, h, begin, end);
+    }
+  });
 }
 
 // In double or better, so that neither large nor many values overflow or are lost.

@@ -10,8 +10,8 @@
 // The norm has 16-byte reads of chunks of 16384 values, up to 140 tensors a launch; squares and sums are in double, as
 // trees of fixed shape; one more block adds the sums of the chunks.
 //
-// Bytes, float32: 36 a parameter, 2 more with a 16-bit copy; the norm 4. About 20 FLOPs and 4 for the norm. The
-// divisions and roots take a fifth of the instruction slots at the speed of memory.
+// Bytes, float32: 36 a parameter, 8 less without m and 8 without ema, 2 more with a 16-bit copy; the norm 4. About 20
+// FLOPs and 4 for the norm. The divisions and roots take a fifth of the instruction slots at the speed of memory.
 //
 // Must hold: all tensors are contiguous and of the types of adamw_ema.h; a launch has fewer than 2^31 chunks.
 #include "adamw_ema/adamw_ema.h"
@@ -68,18 +68,19 @@ __device__ void update_range(const AdamTensor& t, const Update& update, int64_t 
   for (int64_t i = begin + static_cast<int>(threadIdx.x) * N; i < end; i += kThreads * N) {
     auto param = *reinterpret_cast<const Pack<T, N>*>(param_at + i);
     const auto grad = *reinterpret_cast<const Pack<T, N>*>(reinterpret_cast<const T*>(t.grad) + i);
-    auto m = *reinterpret_cast<const Pack<float, N>*>(m_at + i);
+    // Zeros stand for an m that is not there: beta1 = 0 takes nothing of it.
+    auto m = m_at != nullptr ? *reinterpret_cast<const Pack<float, N>*>(m_at + i) : Pack<float, N>{};
     auto v = *reinterpret_cast<const Pack<float, N>*>(v_at + i);
-    auto ema = *reinterpret_cast<const Pack<float, N>*>(ema_at + i);
+    auto ema = ema_at != nullptr ? *reinterpret_cast<const Pack<float, N>*>(ema_at + i) : Pack<float, N>{};
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       const float p = update(to_acc(param.values[j]), to_acc(grad.values[j]), m.values[j], v.values[j], ema.values[j]);
       from_acc(p, param.values[j]);
     }
     store_pack(param_at + i, param);
-    store_pack(m_at + i, m);
+    if (m_at != nullptr) store_pack(m_at + i, m);
     store_pack(v_at + i, v);
-    store_pack(ema_at + i, ema);
+    if (ema_at != nullptr) store_pack(ema_at + i, ema);
     store_copy(t, i, param);
   }
 }

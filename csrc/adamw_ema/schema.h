@@ -1,6 +1,7 @@
 // The operators of adamw_ema, for every device. lr_tensor (float32), step_tensor (int64) and ema_decay_tensor (float64) are
 // scalars on the device of the parameters; where one is given, it is read there and the number of that name is not used.
-// Where found_inf (float32, there too) is not 0, the step writes nothing.
+// Where found_inf (float32, there too) is not 0, the step writes nothing. copies may be empty, exp_avgs too if beta1 is 0,
+// and emas too; then ema_decay is not used.
 #pragma once
 
 namespace maskdm {

@@ -7,6 +7,7 @@
 
 namespace maskdm {
 
+// copy may be null, and for adamw_ema m and ema as well: what is not there.
 struct AdamTensor {
   DType dtype;       // of param and grad; m, v and ema have its accumulation type
   DType copy_dtype;  // f16 or bf16, where copy is not null

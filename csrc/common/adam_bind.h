@@ -44,22 +44,33 @@ inline void check_device(const char* op, const char* name, const Tensors& tensor
   }
 }
 
+// Whether an op takes empty lists for m and ema.
+enum class Slots { all, some };
+
+// Without a first moment the gradient takes its place, which is right for beta1 = 0 only.
+inline void check_beta1(const char* op, const Tensors& exp_avgs, double beta1) {
+  if (exp_avgs.empty() && beta1 != 0) fail(op, ": beta1 is ", beta1, ", want 0 where there are no exp_avgs");
+}
+
 // The lists as the kernels see them, checked.
-inline std::vector<AdamTensor> adam_tensors_of(const char* op, const Tensors& params, const Tensors& grads,
+inline std::vector<AdamTensor> adam_tensors_of(const char* op, Slots slots, const Tensors& params, const Tensors& grads,
                                                const Tensors& exp_avgs, const Tensors& exp_avg_sqs, const Tensors& emas,
                                                const Tensors& copies) {
+  const bool has_m = slots == Slots::all || !exp_avgs.empty(), has_ema = slots == Slots::all || !emas.empty();
   check_list(op, "params", Kind::like_param, params, params);
   check_list(op, "grads", Kind::like_param, grads, params);
-  check_list(op, "exp_avgs", Kind::accumulator, exp_avgs, params);
+  if (has_m) check_list(op, "exp_avgs", Kind::accumulator, exp_avgs, params);
   check_list(op, "exp_avg_sqs", Kind::accumulator, exp_avg_sqs, params);
-  check_list(op, "emas", Kind::accumulator, emas, params);
+  if (has_ema) check_list(op, "emas", Kind::accumulator, emas, params);
   if (!copies.empty()) check_list(op, "copies", Kind::sixteen_bit, copies, params);
   std::vector<AdamTensor> tensors(params.size());
   for (size_t i = 0; i < params.size(); ++i) {
     AdamTensor& t = tensors[i];
     t.dtype = dtype_of(op, params[i]), t.count = params[i].numel();
     t.param = mutable_bytes_of(params[i]), t.grad = bytes_of(grads[i]);
-    t.m = mutable_bytes_of(exp_avgs[i]), t.v = mutable_bytes_of(exp_avg_sqs[i]), t.ema = mutable_bytes_of(emas[i]);
+    t.v = mutable_bytes_of(exp_avg_sqs[i]);
+    t.m = has_m ? mutable_bytes_of(exp_avgs[i]) : nullptr;
+    t.ema = has_ema ? mutable_bytes_of(emas[i]) : nullptr;
     t.copy = copies.empty() ? nullptr : mutable_bytes_of(copies[i]);
     t.copy_dtype = copies.empty() ? DType::f32 : dtype_of(op, copies[i]);
   }
@@ -67,10 +78,11 @@ inline std::vector<AdamTensor> adam_tensors_of(const char* op, const Tensors& pa
 }
 
 // The same for CUDA kernels, which have no float64.
-inline std::vector<AdamTensor> adam_cuda_tensors_of(const char* op, const Tensors& params, const Tensors& grads,
-                                                    const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
-                                                    const Tensors& emas, const Tensors& copies) {
-  const auto tensors = adam_tensors_of(op, params, grads, exp_avgs, exp_avg_sqs, emas, copies);
+inline std::vector<AdamTensor> adam_cuda_tensors_of(const char* op, Slots slots, const Tensors& params,
+                                                    const Tensors& grads, const Tensors& exp_avgs,
+                                                    const Tensors& exp_avg_sqs, const Tensors& emas,
+                                                    const Tensors& copies) {
+  const auto tensors = adam_tensors_of(op, slots, params, grads, exp_avgs, exp_avg_sqs, emas, copies);
   check_device(op, "params", params, params.at(0));
   check_device(op, "grads", grads, params[0]);
   check_device(op, "exp_avgs", exp_avgs, params[0]);

@@ -13,7 +13,7 @@ void lamb_ema_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_
                int64_t step, double ema_decay, int64_t min_ndim, std::optional<Tensor> lr_tensor,
                std::optional<Tensor> step_tensor, std::optional<Tensor> ema_decay_tensor,
                std::optional<Tensor> found_inf) {
-  const auto tensors = adam_tensors_of(kOp, params, grads, exp_avgs, exp_avg_sqs, emas, copies);
+  const auto tensors = adam_tensors_of(kOp, Slots::all, params, grads, exp_avgs, exp_avg_sqs, emas, copies);
   const AdamArguments arguments{grad_scale,       lr,       beta1,     beta2,     eps,
                                 weight_decay,     step,     ema_decay, lr_tensor, step_tensor,
                                 ema_decay_tensor, found_inf};

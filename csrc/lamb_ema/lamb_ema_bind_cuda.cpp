@@ -15,7 +15,7 @@ void lamb_ema_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_
                std::optional<Tensor> step_tensor, std::optional<Tensor> ema_decay_tensor,
                std::optional<Tensor> found_inf) {
   using torch::headeronly::ScalarType;
-  const auto tensors = adam_cuda_tensors_of(kOp, params, grads, exp_avgs, exp_avg_sqs, emas, copies);
+  const auto tensors = adam_cuda_tensors_of(kOp, Slots::all, params, grads, exp_avgs, exp_avg_sqs, emas, copies);
   const auto num_tensors = static_cast<int64_t>(tensors.size());
   const auto adapted = std::make_unique<bool[]>(tensors.size());
   for (size_t i = 0; i < tensors.size(); ++i) adapted[i] = params[i].dim() >= min_ndim;

@@ -11,6 +11,7 @@ from maskdm_fast.ops import backend as backends
 from maskdm_fast.ops.checks import FLOATING, accumulate_dtype, check_device, check_dtype, check_shape
 
 Lists = tuple[Sequence[Tensor], ...]
+_NAMES = ("params", "grads", "exp_avgs", "exp_avg_sqs", "emas", "copies")
 
 
 def _check_scalar(op: str, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -47,20 +48,26 @@ def _check_list(op: str, name: str, tensors: Sequence[Tensor], params: Sequence[
 
 
 def _check_lists(op: str, lists: Lists) -> None:
-    params, grads, exp_avgs, exp_avg_sqs, emas, copies = lists
-    device = params[0].device
+    params, device = lists[0], lists[0][0].device
     for index, param in enumerate(params):
         if param.dtype not in FLOATING or param.device != device:
             check_dtype(op, f"params[{index}]", param, FLOATING)
             check_device(op, f"params[{index}]", param, device)
         if not param.is_contiguous():
             raise ValueError(f"{op}: params[{index}] is not contiguous, and it is written in place")
-    _check_list(op, "grads", grads, params)
-    _check_list(op, "exp_avgs", exp_avgs, params)
-    _check_list(op, "exp_avg_sqs", exp_avg_sqs, params)
-    _check_list(op, "emas", emas, params)
-    if copies:
-        _check_list(op, "copies", copies, params)
+    for name, tensors in zip(_NAMES[1:], lists[1:], strict=True):
+        if tensors or name in ("grads", "exp_avg_sqs"):  # what is empty else is not there, see `_present`
+            _check_list(op, name, tensors, params)
+
+
+def _present(op: str, lists: Sequence[Sequence[Tensor] | None], optional: Sequence[str]) -> Lists:
+    """The lists, empty where one of the `optional` is None."""
+    for name, tensors in zip(_NAMES, lists, strict=True):
+        if tensors is None and name not in optional:
+            raise TypeError(f"{op}: {name} is None, want a list of tensors")
+        if tensors is not None and not tensors and name in ("exp_avgs", "emas"):
+            raise ValueError(f"{op}: {name} has 0 tensors, want {len(lists[0])}")
+    return tuple([] if tensors is None else tensors for tensors in lists)
 
 
 def _native_checks(chosen: str, lists: Lists) -> bool:
@@ -75,31 +82,39 @@ def _native_checks(chosen: str, lists: Lists) -> bool:
 def take_step(
     op: str,
     implementations: Mapping[str, ModuleType],
-    lists: Lists,
+    lists: Sequence[Sequence[Tensor] | None],
     *settings: Any,
     lr: float | Tensor,
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
     step: int | Tensor,
-    ema_decay: float | Tensor,
+    ema_decay: float | Tensor | None,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     backend: str | None,
+    optional: Sequence[str] = (),
 ) -> None:
     """Check the arguments of an op and call ``step_`` of a backend.
 
     Args:
         op: its name.
         implementations: its backends.
-        lists: params, grads, exp_avgs, exp_avg_sqs, emas, copies; params is not empty.
+        lists: params, grads, exp_avgs, exp_avg_sqs, emas, copies; params is not empty. Backends get an empty list for
+            None.
         settings: what only this op takes; passed on after `ema_decay`.
+        optional: which of exp_avgs and emas may be None.
         lr, ...: as the ops say.
 
     Raises:
         ValueError, TypeError: wrong shape, length, layout, value or device; wrong dtype.
         RuntimeError: the named backend cannot run.
     """
+    lists = _present(op, lists, optional)
+    if not lists[4]:
+        ema_decay = 0.0
+    elif ema_decay is None:
+        raise ValueError(f"{op}: ema_decay is None, want a number for the emas")
     chosen = backends.choose(op, implementations, lists[0][0], backend)
     device = lists[0][0].device
     if grad_scale is not None:
@@ -125,6 +140,8 @@ def take_step(
     ):
         if not good:
             raise ValueError(f"{op}: {name} is {value}, outside its range")
+    if not lists[2] and beta1 != 0:
+        raise ValueError(f"{op}: betas[0] is {beta1}, want 0 where exp_avgs is None")
     native = _native_checks(chosen, lists)
     if not native:
         _check_lists(op, lists)

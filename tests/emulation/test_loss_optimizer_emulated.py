@@ -112,6 +112,29 @@ def test_step_off_the_boundary(emulated, dtype, name):
         assert torch.equal(value, want[key]), key
 
 
+@pytest.mark.parametrize("moved", [None, "grads", "exp_avg_sqs"])
+@pytest.mark.parametrize("dtype", ALL, ids=str)
+def test_slots_that_are_not_there(emulated, dtype, moved):
+    """Their addresses are null, which the sanitizer would tell of; the rest is the same bit for bit."""
+    case = adam_cases.Case("slots", ((7, 5), (9001,)), copy="float16", first_moment=False)
+    inputs = adam_cases.make_inputs(case, dtype, "cpu", seed=9)
+    moments = [draw(tuple(v.shape), v.dtype, "cpu", seed=10) for v in inputs["exp_avg_sqs"]]
+    want = testing.run(adam_cases, inputs | {"exp_avgs": moments}, "cpu")
+    for lacking in ({}, {"emas": None}):
+        copied = {
+            name: [x.clone() for x in value] if isinstance(value, list) else value for name, value in inputs.items()
+        }
+        copied |= lacking
+        if moved is not None:
+            copied[moved] = [_off_boundary(tensor) for tensor in copied[moved]]
+        out = adam_cases.call(copied, "cpu")
+        norm, wanted_norm = out.pop("norm"), want["norm"]
+        torch.testing.assert_close(norm, wanted_norm, rtol=1e-7, atol=0)
+        assert {key.partition("[")[0] for key in out} >= {"params", "exp_avg_sqs", "copies"}
+        for key, value in out.items():
+            assert torch.equal(value, want[key]), key
+
+
 def test_parameters_of_several_dtypes_in_one_call(emulated):
     together, alone = {}, {}
     for dtype in ALL:

@@ -210,9 +210,11 @@ def test_bytes_of_adamw_ema(case, passes):
     assert cost.global_norm(count, 4).bytes == num_bytes(grads)
     [(arguments, _)] = found["step_"]
     params, grads, *state, copies = arguments[:6]
-    assert len(state) == 3
+    assert [bool(slot) for slot in state] == [case.first_moment, True, case.average]
     touched = num_bytes(grads) + 2 * num_bytes(params) + 2 * num_bytes(state) + num_bytes(copies)
-    assert cost.step_(count, 4, copy=2 if case.copy else 0).bytes == touched
+    slots = {"first_moment": case.first_moment, "average": case.average}
+    assert cost.step_(count, 4, copy=2 if case.copy else 0, **slots).bytes == touched
+    assert cost.step_(count, 4, first_moment=False).bytes == cost.step_(count, 4, average=False).bytes == 28 * count
     assert cost.step_(count, 4).bytes + cost.global_norm(count, 4).bytes == 40 * count
 
 

@@ -249,7 +249,21 @@ def test_adamw_ema_skips_what_is_not_finite():
     assert all(value.isnan().any() for value in inputs["params"])
 
 
-def test_adamw_ema_takes_dtypes_and_alignments_side_by_side():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_adamw_ema_without_slots(dtype):
+    """What is not there changes no bit of the rest."""
+    cases = CASES["adamw_ema"]
+    case = cases.Case("slots", ((33, 5), (1100,)), copy="float16", first_moment=False)
+    inputs = cases.make_inputs(case, dtype, DEVICE, seed=4)
+    whole = testing.run(cases, inputs | {"exp_avgs": inputs["exp_avg_sqs"]}, "triton")
+    for lacking in ({}, {"emas": None}):
+        results = testing.run(cases, inputs | lacking, "triton")
+        assert len(results) == (9 if not lacking else 7)
+        assert all(torch.equal(value, whole[name]) for name, value in results.items())
+
+
+@pytest.mark.parametrize("lacking", [(), (2, 4)], ids=["all slots", "one slot"])
+def test_adamw_ema_takes_dtypes_and_alignments_side_by_side(lacking):
     """float16 beside float32, tensors that begin inside 16 bytes, and float64, which goes to the reference."""
     from maskdm_fast.ops.adamw_ema import reference, triton_impl
 
@@ -262,7 +276,9 @@ def test_adamw_ema_takes_dtypes_and_alignments_side_by_side():
         states = (torch.float32, torch.float32, torch.float32, torch.float64)
         lists = [tensors(0, *kinds), tensors(10, *kinds), tensors(20, *states)]
         lists += [[v.square() for v in tensors(30, *states)], tensors(40, *states)]
-        implementation.step_(*lists, [], None, 0.01, 0.9, 0.99, 1e-8, 0.1, 3, 0.9, None, None, None, None)
+        lists = [[] if index in lacking else tensors for index, tensors in enumerate(lists)]
+        beta1 = 0.0 if lacking else 0.9
+        implementation.step_(*lists, [], None, 0.01, beta1, 0.99, 1e-8, 0.1, 3, 0.9, None, None, None, None)
         results.append([value for values in lists for value in values])
         results[-1].append(implementation.global_norm(lists[1]))
         results[-1].append(implementation.global_norm(lists[1][:3]))

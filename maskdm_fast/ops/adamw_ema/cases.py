@@ -27,6 +27,8 @@ class Case:
     grad_layout: str = "contiguous"
     in_memory: bool = False  # lr, step and ema_decay as scalar tensors
     found_inf: float | None = None
+    first_moment: bool = True  # without, beta1 is 0
+    average: bool = True
 
 
 CASES = (
@@ -45,6 +47,11 @@ CASES = (
     Case("finite", ((3, 5), (7,)), copy="float16", found_inf=0.0),
     Case("skipped", ((33, 5), (1100,)), copy="bfloat16", found_inf=1.0),
     Case("skipped_first_step", ((33, 5),), step=0, in_memory=True, found_inf=1.0),
+    Case("no_first_moment", ((33, 5), (1100,)), copy="bfloat16", first_moment=False),
+    Case("no_average", ((33, 5), (1100,)), copy="float16", average=False),
+    Case("no_slot_but_one", ((33, 5), (0,), (1100,)), first_moment=False, average=False),
+    Case("no_slot_in_memory", ((9, 5),), in_memory=True, found_inf=0.0, first_moment=False, average=False),
+    Case("no_slot_skipped", ((9, 5),), copy="bfloat16", found_inf=1.0, first_moment=False, average=False),
 )
 
 
@@ -72,6 +79,8 @@ def random_case(rng: random.Random) -> Case:
         copy=rng.choice([None, "float16", "bfloat16"]),
         in_memory=rng.random() < 0.3,
         found_inf=rng.choice([None, None, 0.0, 1.0]),
+        first_moment=rng.random() < 0.7,
+        average=rng.random() < 0.7,
     )
 
 
@@ -88,16 +97,16 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device | str, seed
     return {
         "params": params,
         "grads": [restride(grad, case.grad_layout) for grad in tensors(1, dtype)],
-        "exp_avgs": tensors(2, state),
+        "exp_avgs": tensors(2, state) if case.first_moment else None,
         "exp_avg_sqs": [value.square() for value in tensors(3, state)],
-        "emas": tensors(4, state),
+        "emas": tensors(4, state) if case.average else None,
         "copies": [] if case.copy is None else [param.to(getattr(torch, case.copy)) for param in params],
         "lr": number(0.01, torch.float32),
-        "betas": (0.9, 0.99),
+        "betas": (0.9 if case.first_moment else 0.0, 0.99),
         "eps": 1e-8,
         "weight_decay": case.weight_decay,
         "step": number(case.step, torch.int64),
-        "ema_decay": number(0.9, torch.float64),
+        "ema_decay": number(0.9, torch.float64) if case.average else None,
         "grad_scale": torch.tensor(0.3, device=device) if case.clipped else None,
         "found_inf": None if case.found_inf is None else torch.tensor(case.found_inf, device=device),
     }
@@ -107,4 +116,4 @@ def call(inputs: dict[str, Any], backend: str) -> dict[str, Tensor]:
     norm = global_norm(inputs["grads"], backend=backend)
     adamw_ema(**inputs, backend=backend)
     written = ("params", "exp_avgs", "exp_avg_sqs", "emas", "copies")
-    return {"norm": norm} | {f"{name}[{i}]": tensor for name in written for i, tensor in enumerate(inputs[name])}
+    return {"norm": norm} | {f"{name}[{i}]": tensor for name in written for i, tensor in enumerate(inputs[name] or ())}

@@ -20,16 +20,16 @@ if backends.has_triton():
 def adamw_ema(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor] | None,
     exp_avg_sqs: Sequence[Tensor],
-    emas: Sequence[Tensor],
+    emas: Sequence[Tensor] | None,
     *,
     lr: float | Tensor,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     step: int | Tensor,
-    ema_decay: float | Tensor,
+    ema_decay: float | Tensor | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     copies: Sequence[Tensor] = (),
@@ -43,17 +43,22 @@ def adamw_ema(
         ema  = ema + (1 - ema_decay) (p - ema)
         copy = p rounded
 
+    With ``beta1 = 0`` m is g itself: without `exp_avgs` nothing of it is kept, and the step is the same bit for bit.
+    What is not there is neither read nor written.
+
     Args:
         params: float32, float16, bfloat16 or float64 tensors, contiguous. 16-bit parameters are updated in float32 and
             rounded; their `emas` average the unrounded values.
         grads: gradients of the same shapes and dtypes.
         exp_avgs, exp_avg_sqs, emas: m, v and EMA of the same shapes, contiguous; float64 for float64, else float32.
+            `exp_avgs` may be None if beta1 is 0, `emas` at any time: then there is no average.
         lr: learning rate, >= 0; or a float32 scalar tensor.
         betas: decay rates of m and v, in [0, 1).
         eps: added to the root of v_hat, >= 0.
         weight_decay: decoupled weight decay, >= 0.
         step: index of this step, from 1; or an int64 scalar tensor.
-        ema_decay: in [0, 1]; or a float64 scalar tensor (in float32, 1 - ema_decay keeps three digits of 0.9999).
+        ema_decay: in [0, 1]; or a float64 scalar tensor (in float32, 1 - ema_decay keeps three digits of 0.9999). Not
+            used without `emas`.
         grad_scale: float32 scalar tensor, e.g. the clipping factor; None: 1.
         found_inf: float32 scalar tensor; where it is not 0 the step changes nothing, whatever the gradients hold, as
             for a step of mixed precision whose gradients overflowed; None: 0.
@@ -64,7 +69,7 @@ def adamw_ema(
     CUDA graph replays with what they hold then, while a number stays what it was when the graph was captured.
 
     Raises:
-        ValueError, TypeError: wrong shape, length, layout, value or device; wrong dtype.
+        ValueError, TypeError: wrong shape, length, layout, value or device; wrong dtype; no `exp_avgs`, but a beta1.
         RuntimeError: the named backend cannot run.
 
     Source: Loshchilov and Hutter (arXiv 1711.05101), algorithm 2.
@@ -74,7 +79,7 @@ def adamw_ema(
     take_step(
         "adamw_ema", IMPL, (params, grads, exp_avgs, exp_avg_sqs, emas, copies), lr=lr, betas=betas, eps=eps,
         weight_decay=weight_decay, step=step, ema_decay=ema_decay, grad_scale=grad_scale, found_inf=found_inf,
-        backend=backend,
+        backend=backend, optional=("exp_avgs", "emas"),
     )  # fmt: skip
 
 

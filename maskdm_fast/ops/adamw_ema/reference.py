@@ -37,15 +37,18 @@ def step_(
     def write(out: Tensor, new: Tensor) -> None:
         out.copy_(new if found_inf is None else torch.where(found_inf != 0, out, new.to(out.dtype)))
 
-    for index, (param, grad, m, v, ema) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, emas, strict=True)):
-        g = grad.to(m.dtype)
+    for index, (param, grad, v) in enumerate(zip(params, grads, exp_avg_sqs, strict=True)):
+        g = m = grad.to(v.dtype)
         if grad_scale is not None:
-            g = g * grad_scale.to(m.dtype)
-        write(m, beta1 * m + (1.0 - beta1) * g)
+            g = m = g * grad_scale.to(v.dtype)
+        if exp_avgs:
+            m = exp_avgs[index]
+            write(m, beta1 * m + (1.0 - beta1) * g)
         write(v, beta2 * v + (1.0 - beta2) * g * g)
         update = m / (v.sqrt() / bias2_sqrt + eps)
-        new = param.to(m.dtype) * (1.0 - rate * weight_decay) - (rate / bias1) * update
-        write(ema, ema + (new - ema) * follow)
+        new = param.to(v.dtype) * (1.0 - rate * weight_decay) - (rate / bias1) * update
+        if emas:
+            write(emas[index], emas[index] + (new - emas[index]) * follow)
         write(param, new)
         if copies:
             write(copies[index], param)

@@ -8,7 +8,8 @@ One launch updates all tensors of one pair of dtypes (parameter and copy); a pro
 one tensor (triton_adam.py). The norm is taken alike: float32 sums of squares of chunks, which a single program adds in
 float64, in a fixed order.
 
-Bytes, float32: p, g, m, v, ema read, p, m, v, ema written, 36 a parameter; the norm 4. About 15 FLOPs.
+Bytes, float32: p, g, m, v, ema read, p, m, v, ema written, 36 a parameter, 8 less without m (which is g then) and 8
+without ema; the norm 4. About 15 FLOPs.
 
 Must hold: tensors contiguous. Bases that are not multiples of 16 bytes are served by a launch of their own, with
 narrower accesses. float64 tensors go to the reference.
@@ -46,14 +47,21 @@ def _update(
     offs = start + tl.arange(0, BLOCK)
     mask = offs < end if MASKED else None
     g = tl.load(g_ptr + offs, mask=mask).to(tl.float32) * scale
-    m = beta1 * tl.load(m_ptr + offs, mask=mask) + follow1 * g
+    m = g
+    if m_ptr is not None:
+        m = beta1 * tl.load(m_ptr + offs, mask=mask) + follow1 * g
     v = beta2 * tl.load(v_ptr + offs, mask=mask) + follow2 * (g * g)
     p = tl.load(p_ptr + offs, mask=mask).to(tl.float32) * decay
     p -= step_size * (m / (tl.sqrt(v) * inverse_bias2_sqrt + eps))
-    ema = tl.load(ema_ptr + offs, mask=mask)
-    tl.store(m_ptr + offs, m, mask=mask)
+    # Every load stands before the first store, which the compiler would not let it pass.
+    if ema_ptr is not None:
+        ema = tl.load(ema_ptr + offs, mask=mask)
+        ema += follow_ema * (p - ema)
+    if m_ptr is not None:
+        tl.store(m_ptr + offs, m, mask=mask)
     tl.store(v_ptr + offs, v, mask=mask)
-    tl.store(ema_ptr + offs, ema + follow_ema * (p - ema), mask=mask)
+    if ema_ptr is not None:
+        tl.store(ema_ptr + offs, ema, mask=mask)
     rounded = p.to(p_ptr.dtype.element_ty)
     tl.store(p_ptr + offs, rounded, mask=mask)
     if copy_ptr is not None:
@@ -62,7 +70,7 @@ def _update(
 
 @triton.jit
 def _step_kernel(
-    table_ptr,  # rows: p, g, m, v, ema, copy (where there is one), counts, chunks
+    table_ptr,  # rows: p, g, v, m, ema and copy (where they are there), counts, chunks
     grad_scale_ptr,
     lr_ptr,  # it and the next two are None where the value is given
     step_ptr,
@@ -81,6 +89,8 @@ def _step_kernel(
     ema_decay: tl.float64,
     DTYPE: tl.constexpr,
     COPY_DTYPE: tl.constexpr,
+    FIRST_MOMENT: tl.constexpr,
+    AVERAGE: tl.constexpr,
     ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -93,14 +103,16 @@ def _step_kernel(
     step_size = tl.full((), lr, tl.float32) / bias1
     eps = tl.full((), eps, tl.float32)
 
-    COUNTS: tl.constexpr = 5 if COPY_DTYPE is None else 6
+    EMA: tl.constexpr = 4 if FIRST_MOMENT else 3
+    COPY: tl.constexpr = EMA + 1 if AVERAGE else EMA
+    COUNTS: tl.constexpr = COPY if COPY_DTYPE is None else COPY + 1
     tensor, first, last = chunk_of(table_ptr, COUNTS, num_tensors, found_inf_ptr, CHUNK)
     p_ptr = pointer_of(table_ptr, 0, num_tensors, tensor, DTYPE, ALIGNED)
     g_ptr = pointer_of(table_ptr, 1, num_tensors, tensor, DTYPE, ALIGNED)
-    m_ptr = pointer_of(table_ptr, 2, num_tensors, tensor, tl.float32, ALIGNED)
-    v_ptr = pointer_of(table_ptr, 3, num_tensors, tensor, tl.float32, ALIGNED)
-    ema_ptr = pointer_of(table_ptr, 4, num_tensors, tensor, tl.float32, ALIGNED)
-    copy_ptr = None if COPY_DTYPE is None else pointer_of(table_ptr, 5, num_tensors, tensor, COPY_DTYPE, ALIGNED)
+    v_ptr = pointer_of(table_ptr, 2, num_tensors, tensor, tl.float32, ALIGNED)
+    m_ptr = pointer_of(table_ptr, 3, num_tensors, tensor, tl.float32, ALIGNED) if FIRST_MOMENT else None
+    ema_ptr = pointer_of(table_ptr, EMA, num_tensors, tensor, tl.float32, ALIGNED) if AVERAGE else None
+    copy_ptr = None if COPY_DTYPE is None else pointer_of(table_ptr, COPY, num_tensors, tensor, COPY_DTYPE, ALIGNED)
     whole = first + (last - first) // BLOCK * BLOCK
     for start in range(first, whole, BLOCK):
         _update(
@@ -195,15 +207,15 @@ def step_(
     ema_decay_tensor: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
-    lists = [params, [grad.contiguous() for grad in grads], exp_avgs, exp_avg_sqs, emas]
-    if copies:
-        lists.append(copies)
-    for group in groups_of("adamw_ema", lists, (0, 5) if copies else (0,), _CHUNK):
+    lists = [params, [grad.contiguous() for grad in grads], exp_avgs, exp_avg_sqs, emas, copies]
+    p, g, m, v, ema, copy = lists
+    present = [tensors for tensors in (p, g, v, m, ema, copy) if tensors]
+    for group in groups_of("adamw_ema", present, (0, len(present) - 1) if copies else (0,), _CHUNK):
         if group.table is None:
-            parts = [[tensors[i] for i in group.members] for tensors in lists]
+            parts = [[tensors[i] for i in group.members] if tensors else [] for tensors in lists]
             reference.step_(
-                *parts, *([] if copies else [[]]), grad_scale, lr, beta1, beta2, eps, weight_decay, step, ema_decay,
-                lr_tensor, step_tensor, ema_decay_tensor, found_inf,
+                *parts, grad_scale, lr, beta1, beta2, eps, weight_decay, step, ema_decay, lr_tensor, step_tensor,
+                ema_decay_tensor, found_inf,
             )  # fmt: skip
         elif group.num_chunks > 0:
             with backend.current_device_of(params[0]):
@@ -211,5 +223,5 @@ def step_(
                     group.table, grad_scale, lr_tensor, step_tensor, ema_decay_tensor, found_inf, len(group.members),
                     lr, beta1, beta2, *bias_arguments(beta1, beta2, step), eps, weight_decay, ema_decay,
                     DTYPE=triton_dtype(group.dtypes[0]), COPY_DTYPE=triton_dtype(group.dtypes[1]) if copies else None,
-                    ALIGNED=group.aligned, CHUNK=_CHUNK, BLOCK=_BLOCK,
+                    FIRST_MOMENT=bool(exp_avgs), AVERAGE=bool(emas), ALIGNED=group.aligned, CHUNK=_CHUNK, BLOCK=_BLOCK,
                 )  # fmt: skip
