@@ -68,15 +68,3 @@ def draw(
             device=make_world(options.device).device,
             progress=progress,
         )
-
-
-def class_names(weights: Weights) -> list[str]:
-    """Names of the classes that the run tells apart, in the order of their labels; empty if it tells none apart.
-
-    They are those of the data set it was trained on; a checkpoint that does not hold them counts its classes.
-    """
-    num_classes = weights.config.model.num_classes
-    names = weights.checkpoint.state.get("class_names") or []
-    if len(names) == num_classes:
-        return names
-    return [f"{label:0{len(str(num_classes - 1))}d}" for label in range(num_classes)]

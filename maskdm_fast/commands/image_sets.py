@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from maskdm_fast.commands.drawing import DrawOptions, class_names, draw
+from maskdm_fast.commands.drawing import DrawOptions, draw
 from maskdm_fast.data import ImageStore, is_tars, open_dataset
 from maskdm_fast.eval import subset_indices
 from maskdm_fast.train.weights import Weights, load_weights
@@ -123,7 +123,7 @@ def drawn(
     side: Side, options: DrawOptions, num_images: int, *, like: ImageSet | None = None, first_slot: int = 0
 ) -> ImageSet:
     """Images of a run; of a class-conditional one with the classes of `like` in its proportions, if it has them."""
-    names = class_names(side.weights)
+    names = side.weights.class_names
     labels = None
     if names:
         labels = (torch.arange(num_images) + first_slot) % len(names)

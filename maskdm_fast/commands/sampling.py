@@ -9,7 +9,7 @@ from typing import Annotated
 import numpy as np
 import torch
 
-from maskdm_fast.commands.drawing import DrawOptions, class_names, draw
+from maskdm_fast.commands.drawing import DrawOptions, draw
 from maskdm_fast.commands.labelled_folder import MANIFEST_NAME, Drawn, LabelledFolder, folder_names
 from maskdm_fast.train.config import DistillationConfig
 from maskdm_fast.train.extras import require
@@ -70,7 +70,7 @@ def sample(options: SampleOptions) -> None:
     """Draw images, save them, and say where."""
     options.check()
     weights = load_weights(options.run, options.weights)
-    names = class_names(weights)
+    names = weights.class_names
     planned = _plan(options, names)
     is_latent = weights.config.latents is not None
     default = f"latents-{options.seed}.npy" if is_latent else f"grid-{options.seed}.png"

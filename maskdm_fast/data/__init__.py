@@ -3,6 +3,7 @@
 from maskdm_fast.data.dataset import find_source, open_dataset
 from maskdm_fast.data.idx import IdxSource, idx_source
 from maskdm_fast.data.latents import LatentSource, latent_source
+from maskdm_fast.data.nothing import no_images
 from maskdm_fast.data.order import DataOrder
 from maskdm_fast.data.packing import SHARD_BYTES, pack
 from maskdm_fast.data.sources import (
@@ -37,6 +38,7 @@ __all__ = [
     "idx_source",
     "is_tars",
     "latent_source",
+    "no_images",
     "open_dataset",
     "pack",
     "tar_source",

@@ -15,10 +15,14 @@ from maskdm_fast.models import CONFIGS, UViTConfig
 from maskdm_fast.random import check_seed
 from maskdm_fast.train.config_json import from_json, to_json
 from maskdm_fast.train.distill_config import DistillationConfig, ScoreDistillationConfig
+from maskdm_fast.train.regression_config import RegressionConfig
 from maskdm_fast.train.stage_config import DenoisingConfig, check
 
-AnyStage = DenoisingConfig | ScoreDistillationConfig
+AnyStage = DenoisingConfig | ScoreDistillationConfig | RegressionConfig
 """Configurations of stages; in config.json their `kind` tells them apart."""
+
+NO_DATA = "none"
+"""In the place of a data set."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +155,8 @@ class SharedConfig:
     data: str = "emoji"
     """Data set: emoji; a folder of images (sub-folders are classes); MNIST-style idx files (the folder, or the file of
     images; --channels 1 keeps them grey); WebDataset tar shards (their folder, one file, or "set-{000..099}.tar");
-    latents (.npy, .npz, .safetensors, or a folder of them, with --latent-scale); or a packed .store file."""
+    latents (.npy, .npz, .safetensors, or a folder of them, with --latent-scale); a packed .store file; or none, where
+    the teacher is all there is to learn from."""
     decoding: Literal["packed", "on-the-fly"] = "packed"
     """packed: decode all images once, into the cache folder. on-the-fly: decode the images of tar shards each time they
     are shown, where they are too many to be kept decoded."""
@@ -208,6 +213,9 @@ class RunConfig(SharedConfig):
         stall = self.machine.stall_seconds
         check("stall_seconds", stall, stall > 0, "more than 0")
         check("data_share", self.data_share, 0 < self.data_share <= 1, "more than 0 and at most 1")
+        if self.data == NO_DATA and (self.stage.needs_images or self.output.score_images):
+            who = "the scores compare with" if self.output.score_images else f"{self.stage.kind} learns from"
+            raise ValueError(f"data is {NO_DATA}, but {who} images; want a data set")
         if self.machine.optimizer_kernel == "apex" and (self.stage.optimizer != "adamw" or self.precision == "fp16"):
             raise ValueError(
                 f"optimizer_kernel apex computes AdamW without a loss scale, but the run has optimizer "

@@ -32,6 +32,14 @@ class DistillationConfig(StageConfig):
         """What the student of a teacher with this kind of prediction predicts."""
         return of_teacher
 
+    def check_teacher(self, teacher: StageConfig) -> None:
+        """Raise ValueError unless what the stage `teacher` has made can be distilled."""
+        if not teacher.makes_denoiser:
+            raise ValueError(
+                f"it comes from {teacher.kind}: it makes images in its own steps and denoises at no other level; want "
+                "a run that denoises"
+            )
+
 
 @dataclass(frozen=True)
 class ScoreDistillationConfig(DistillationConfig):
@@ -87,6 +95,11 @@ class ScoreDistillationConfig(DistillationConfig):
     def sampling_steps(self) -> int:
         """Those of the generator."""
         return self.num_steps
+
+    @property
+    def needs_images(self) -> bool:
+        """Only a discriminator does."""
+        return self.make().needs_images
 
     def make(self) -> Method:
         """The method.

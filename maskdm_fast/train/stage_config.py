@@ -70,6 +70,11 @@ class StageConfig:
         """Steps of the sampler unless told otherwise."""
         return 50
 
+    @property
+    def needs_images(self) -> bool:
+        """Whether it learns from images of a data set."""
+        return True
+
     def warm(self, lr: float, step: int) -> float:
         """The learning rate that `lr` is after the warm-up, for the step that follows `step` finished ones."""
         if self.warmup_images == 0:

@@ -40,6 +40,18 @@ class Weights:
     checkpoint: Checkpoint
     which: str
 
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes that the network tells apart, in the order of their labels; empty if it tells none.
+
+        They are those of the data set it was trained on; a checkpoint that does not hold them counts its classes.
+        """
+        num_classes = self.config.model.num_classes
+        names = self.checkpoint.state.get("class_names") or []
+        if len(names) == num_classes:
+            return names
+        return [f"{label:0{len(str(num_classes - 1))}d}" for label in range(num_classes)]
+
 
 class _ExportedFile(Checkpoint):
     """A file that `export` wrote, in the place of the checkpoint that it came from."""

@@ -4,14 +4,17 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from maskdm_fast import random
 from maskdm_fast.diffusion import Denoiser
 from maskdm_fast.distill import Alternation, Critic, CriticHead, Generator, Method, Networks, frozen
 from maskdm_fast.distill.costs import evaluations
 from maskdm_fast.models import UViT
+from maskdm_fast.random import Stream
 from maskdm_fast.train.config import RunConfig
 from maskdm_fast.train.engine import Engine
 from maskdm_fast.train.engine import Values as EngineValues
@@ -120,9 +123,8 @@ class ScoreDistillationStage:
         number, images_seen = self._alternation.fake_number(step), step * self._config.stage.batch_size
 
         def fake_loss(batch: Batch, labels: Tensor | None, draw: dict) -> dict[str, Tensor]:
-            return self._method.fake_loss(
-                self._in_fake_update, labels, batch.images if self._method.needs_images else None, **draw
-            )
+            images = self._mirrored(batch.images, **draw) if self._method.needs_images else None
+            return self._method.fake_loss(self._in_fake_update, labels, images, **draw)
 
         def generator_loss(batch: Batch, labels: Tensor | None, draw: dict) -> dict[str, Tensor]:
             return self._method.generator_loss(self._in_generator_update, labels, images_seen=images_seen, **draw)
@@ -138,6 +140,14 @@ class ScoreDistillationStage:
             names = {"loss": "generator_loss", "grad_norm": "generator_grad_norm"}
             values |= {names.get(name, name): value for name, value in found.items()}
         return values
+
+    def _mirrored(self, images: Tensor, **draw: Any) -> Tensor:
+        """Images of the data set, some of them mirrored, as the run wishes."""
+        hflip = self._config.stage.hflip
+        if not hflip:
+            return images
+        u = random.uniform(1, stream=Stream.FLIP, **draw)
+        return torch.where((u < hflip)[:, :, None, None], images.flip(2), images)
 
     def _trains_generator(self, step: int) -> bool:
         images_seen = step * self._config.stage.batch_size
