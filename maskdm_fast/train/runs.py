@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from maskdm_fast.data import ImageStore, StoreHeader, open_dataset
+from maskdm_fast.data import ImageStore, StoreHeader, no_images, open_dataset
 from maskdm_fast.ops import backend
 from maskdm_fast.train import checkpoint as checkpoints
-from maskdm_fast.train.config import Recipe, RunConfig
+from maskdm_fast.train.config import NO_DATA, Recipe, RunConfig
 from maskdm_fast.train.config_json import differences
 from maskdm_fast.train.extras import require
 from maskdm_fast.train.feed import Feed
@@ -59,7 +59,7 @@ def train(
     teacher = find_teacher(config, folder, world)
     if teacher is not None:
         config = fit_to_teacher(config, teacher, world)
-    store = world.on_each_machine(lambda: open_store(config))
+    store = world.on_each_machine(lambda: open_store(config, teacher))
     config = fit_to_latents(fit_to_classes(config, store.class_names), store.header)
     settled = _settle_engine(config, world)
     score = None
@@ -138,10 +138,16 @@ def train_recipe(recipe: Recipe, folder: Path | str) -> TrainResult:
     return result
 
 
-def open_store(config: RunConfig) -> ImageStore:
-    """The run's data set, packed if it was not; ValueError if the model does not fit it."""
+def open_store(config: RunConfig, teacher: Weights | None = None) -> ImageStore:
+    """The run's data set, packed if it was not; without one its teacher's classes. ValueError if the model does not
+    fit."""
     cache_dir = config.machine.cache_dir or default_cache_dir()
     model = config.model
+    if config.data == NO_DATA:
+        names = teacher.class_names
+        latents, bound = teacher.config.latents, teacher.config.latent_bound
+        shape = (model.image_size, model.image_size, model.channels)
+        return no_images(shape, names, latents=latents, bound=1.0 if bound is None else bound)
     with step_bar("preparing the data set") as progress:
         store = open_dataset(
             config.data,
