@@ -4,7 +4,7 @@ Whatever shards, offloads or saves the state takes the EMA along.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -27,6 +27,21 @@ def ema_decay_at(step: int | Tensor, ema_decay: float) -> float | Tensor:
     return min(ema_decay, 1.0 - (1.0 + step) ** (-2.0 / 3.0))
 
 
+@torch.no_grad()
+def cut_by_value_(grads: Sequence[Tensor], limit: float) -> None:
+    """In place: NaN becomes 0, and every other value is cut to ``[-limit, limit]``.
+
+    Source: the code of Zhou et al., SiD (ICML 2024), which takes 1e5, and SiDA (ICLR 2025), 1.
+    """
+    grads = list(grads)
+    if not grads:
+        return
+    for grad in grads:
+        grad.nan_to_num_(nan=0.0, posinf=limit, neginf=-limit)
+    torch._foreach_clamp_min_(grads, -limit)
+    torch._foreach_clamp_max_(grads, limit)
+
+
 class EMAOptimizer(torch.optim.Optimizer):
     """Clipping, a loss scale, the state of Adam's family with the EMA in it, and its numbers on the device or not.
 
@@ -36,17 +51,23 @@ class EMAOptimizer(torch.optim.Optimizer):
         params: contiguous parameters, or groups of them.
         defaults: of the groups: ``lr``, ``betas``, ``eps``, ``weight_decay``, ``ema_decay``, and what else an op
             takes.
-        max_grad_norm, capturable, compute_grad_norm: as for `AdamWEMA`.
+        max_grad_norm, max_grad_value, capturable, compute_grad_norm: as for `AdamWEMA`.
 
     Raises:
         ValueError: a value outside its range; clipping without the norm.
     """
+
+    SLOTS = ("exp_avg", "exp_avg_sq", "ema")
+    """Tensors that the state of a parameter may have, beside its step."""
+    _keeps_first_moment = False
+    """Whether there is one for beta1 = 0 as well, where it is the gradient."""
 
     def __init__(
         self,
         params: Iterable[Any],
         defaults: dict[str, Any],
         max_grad_norm: float | None,
+        max_grad_value: float | None,
         capturable: bool,
         compute_grad_norm: bool,
     ) -> None:
@@ -55,15 +76,17 @@ class EMAOptimizer(torch.optim.Optimizer):
             raise ValueError(f"{self._name}: lr {lr}, eps {eps} and weight_decay {weight_decay} must not be negative")
         if not all(0 <= beta < 1 for beta in defaults["betas"]):
             raise ValueError(f"{self._name}: betas are {defaults['betas']}, want each in [0, 1)")
-        if not 0 <= defaults["ema_decay"] <= 1:
-            raise ValueError(f"{self._name}: ema_decay is {defaults['ema_decay']}, want it in [0, 1]")
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"{self._name}: max_grad_norm is {max_grad_norm}, want a positive number or None")
+        if defaults["ema_decay"] is not None and not 0 <= defaults["ema_decay"] <= 1:
+            raise ValueError(f"{self._name}: ema_decay is {defaults['ema_decay']}, want it in [0, 1] or None")
+        for name, value in (("max_grad_norm", max_grad_norm), ("max_grad_value", max_grad_value)):
+            if value is not None and not value > 0:
+                raise ValueError(f"{self._name}: {name} is {value}, want a positive number or None")
         if max_grad_norm is not None and not compute_grad_norm:
             raise ValueError(f"{self._name}: max_grad_norm is {max_grad_norm}, which takes compute_grad_norm=True")
         self.capturable = capturable
         super().__init__(params, defaults)
         self.max_grad_norm = max_grad_norm
+        self.max_grad_value = max_grad_value
         self.compute_grad_norm = compute_grad_norm
         self.grad_norm: Tensor | None = None
         self.found_inf: Tensor | None = None
@@ -72,12 +95,20 @@ class EMAOptimizer(torch.optim.Optimizer):
     def _name(self) -> str:
         return type(self).__name__
 
-    def _fused_step(self, group: dict[str, Any], *lists: tuple[Tensor, ...], **numbers: Any) -> None:
+    def _slots_of(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """Which of `SLOTS` the parameters of a group have."""
+        unwanted = {
+            "exp_avg": group["betas"][0] == 0 and not self._keeps_first_moment,
+            "ema": group["ema_decay"] is None,
+        }
+        return tuple(slot for slot in self.SLOTS if not unwanted.get(slot))
+
+    def _fused_step(self, group: dict[str, Any], *lists: tuple[Tensor, ...] | None, **numbers: Any) -> None:
         """Update params by grads, exp_avgs, exp_avg_sqs and emas, all of one step.
 
         Args:
             group: the parameter group with the settings of the op.
-            lists: params, grads, exp_avgs, exp_avg_sqs, emas.
+            lists: params, grads, exp_avgs, exp_avg_sqs, emas; None where the group has no such slot.
             numbers: step, ema_decay, grad_scale and found_inf, as the op takes them.
         """
         raise NotImplementedError
@@ -107,15 +138,19 @@ class EMAOptimizer(torch.optim.Optimizer):
                 raise RuntimeError(
                     f"{self._name}: each replay would make the state anew; run a step before the capture"
                 )
+            slots = {param: self._slots_of(group) for group in self.param_groups for param in group["params"]}
             for param in new:
                 dtype = accumulate_dtype(param.dtype)
-                self.state[param] |= {
-                    "exp_avg": torch.zeros_like(param, dtype=dtype),
-                    "exp_avg_sq": torch.zeros_like(param, dtype=dtype),
-                    "ema": param.detach().to(dtype, copy=True),
-                }
+                for slot in slots[param]:
+                    self.state[param][slot] = (
+                        param.detach().to(dtype, copy=True) if slot == "ema" else torch.zeros_like(param, dtype=dtype)
+                    )
             self._place_steps(dict.fromkeys(new, 0))
         return states
+
+    def make_state(self) -> None:
+        """Make the state of every parameter that has none, as its first step would."""
+        self._states_of([param for group in self.param_groups for param in group["params"]])
 
     def _count_on_device(self, states: list[dict[str, Any]], increment: int | Tensor) -> None:
         """Add `increment` to the steps of `states`, each tensor once."""
@@ -150,6 +185,11 @@ class EMAOptimizer(torch.optim.Optimizer):
         return factor if loss_scale is None else factor / loss_scale
 
     def _check_loss_scale(self, loss_scale: Tensor) -> None:
+        if self.max_grad_value is not None:
+            raise ValueError(
+                f"{self._name}: max_grad_value is {self.max_grad_value}, which would hide the overflows that a loss "
+                "scale follows; want None with one"
+            )
         if not self.capturable or not self.compute_grad_norm:
             raise ValueError(
                 f"{self._name}: a loss scale takes capturable=True and compute_grad_norm=True: whether the step is "
@@ -173,7 +213,7 @@ class EMAOptimizer(torch.optim.Optimizer):
             What `closure` returned.
 
         Raises:
-            ValueError: `loss_scale` for an optimizer that cannot skip a step.
+            ValueError: `loss_scale` for an optimizer that cannot skip a step, or that cuts gradients by value.
             TypeError: `loss_scale` is no float32 scalar tensor; `lr` of a capturable group is a number.
         """
         if loss_scale is not None:
@@ -186,7 +226,10 @@ class EMAOptimizer(torch.optim.Optimizer):
             [(param, param.grad) for param in group["params"] if param.grad is not None] for group in self.param_groups
         ]
         states = self._states_of([param for pairs in groups for param, _ in pairs])
-        grad_scale = self._scale_of([grad for pairs in groups for _, grad in pairs], loss_scale)
+        grads = [grad for pairs in groups for _, grad in pairs]
+        if self.max_grad_value is not None:
+            cut_by_value_(grads, self.max_grad_value)
+        grad_scale = self._scale_of(grads, loss_scale)
         if self.capturable:
             self._count_on_device(states, 1 if self.found_inf is None else self.found_inf == 0)
         state_of_pair = iter(states)
@@ -197,32 +240,45 @@ class EMAOptimizer(torch.optim.Optimizer):
                     f'group["lr"].fill_({group["lr"]})'
                 )
             # One call for all parameters of one age: after an unfreeze, ages within a group differ.
-            by_step: dict[int | Tensor, list[tuple[Tensor, ...]]] = {}
+            by_step: dict[int | Tensor, list[tuple[Tensor | None, ...]]] = {}
             for (param, grad), state in zip(pairs, state_of_pair, strict=False):
                 if not self.capturable:
                     state["step"] += 1
-                row = (param, grad, state["exp_avg"], state["exp_avg_sq"], state["ema"])
+                row = (param, grad, *(state.get(slot) for slot in self.SLOTS))
                 by_step.setdefault(state["step"], []).append(row)
+            decay = group["ema_decay"]
             for step, rows in by_step.items():
                 self._fused_step(
                     group,
-                    *zip(*rows, strict=True),
+                    *(None if column[0] is None else column for column in zip(*rows, strict=True)),
                     step=step,
-                    ema_decay=ema_decay_at(step, group["ema_decay"]),
+                    ema_decay=None if decay is None else ema_decay_at(step, decay),
                     grad_scale=grad_scale,
                     found_inf=self.found_inf,
                 )
         return loss
 
     def ema_parameters(self) -> Iterator[Tensor]:
-        """The EMA of every parameter, in the order of the parameters; before the first step, the weights themselves."""
-        params = [param for group in self.param_groups for param in group["params"]]
-        for state in self._states_of(params):
-            yield state["ema"]
+        """The EMA of every parameter, in the order of the parameters; before the first step, the weights themselves.
+
+        Raises:
+            RuntimeError: a group has none, for its ema_decay is None.
+        """
+        if any(group["ema_decay"] is None for group in self.param_groups):
+            raise RuntimeError(f"{self._name}: ema_decay is None, so there is no average of the weights")
+        self.make_state()
+        return (self.state[param]["ema"] for group in self.param_groups for param in group["params"])
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from what `state_dict` returned, capturable or not; waits for the device where steps are tensors."""
+        """Continue from what `state_dict` returned, capturable or not; waits for the device where steps are tensors.
+
+        As with every torch optimizer, the groups take the settings that were saved, and what they say decides the
+        slots: those that are not wanted are dropped.
+
+        Raises:
+            ValueError: a slot that a group wants was not saved.
+        """
         super().load_state_dict(state_dict)
         saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         params = [param for group in self.param_groups for param in group["params"]]
@@ -231,10 +287,10 @@ class EMAOptimizer(torch.optim.Optimizer):
             for index, param in zip(saved_ids, params, strict=True)
             if index in state_dict["state"]
         }
-        for param, slots in saved.items():
-            for name in ("exp_avg", "exp_avg_sq", "ema"):
-                # torch gives them the dtype of the parameter, which may be shorter.
-                self.state[param][name] = slots[name].to(param.device, accumulate_dtype(param.dtype))
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param in saved:
+                    self._load_slots(param, group, saved[param])
         self._place_steps({param: int(slots["step"]) for param, slots in saved.items()})
         for group in self.param_groups:
             for name, value in self.defaults.items():  # what the optimizer that saved it does not know
@@ -242,3 +298,21 @@ class EMAOptimizer(torch.optim.Optimizer):
             self._place_lr(group)
             if not self.capturable:
                 group["lr"] = float(group["lr"])
+
+    def _load_slots(self, param: Tensor, group: dict[str, Any], saved: dict[str, Any]) -> None:
+        dtype = accumulate_dtype(param.dtype)
+        wanted = self._slots_of(group)
+        for slot in self.SLOTS:
+            if slot not in wanted:
+                self.state[param].pop(slot, None)
+            elif slot in saved:
+                # torch gives them the dtype of the parameter, which may be shorter.
+                self.state[param][slot] = saved[slot].to(param.device, dtype)
+            elif slot == "exp_avg" and group["betas"][0] == 0:
+                self.state[param][slot] = torch.zeros_like(param, dtype=dtype)  # the next step sets it
+            else:
+                setting = "betas" if slot == "exp_avg" else "ema_decay"
+                raise ValueError(
+                    f"{self._name}: what was saved has no {slot}, which {setting} {group[setting]} takes; it comes "
+                    "from an optimizer with other settings"
+                )

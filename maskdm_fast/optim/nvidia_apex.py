@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from maskdm_fast.ops import backend
 from maskdm_fast.ops.adamw_ema.op import global_norm
 from maskdm_fast.optim.adamw_ema import AdamWEMA
-from maskdm_fast.optim.ema_optimizer import ema_decay_at
+from maskdm_fast.optim.ema_optimizer import cut_by_value_, ema_decay_at
 
 _DEVICE = "cuda"  # the only one that apex has kernels for
 
@@ -31,7 +31,7 @@ class ApexAdamEMA(AdamWEMA):
 
     Clipping and EMA are passes of their own, so one step reads and writes memory more often than `AdamWEMA`: for
     comparison, and for those who trust apex. Gradients are clipped in place. Of 16-bit parameters the EMA averages the
-    rounded values. It knows no loss scale.
+    rounded values. It knows no loss scale, and keeps ``exp_avg`` for every beta1.
 
     Args:
         params, ...: as for `AdamWEMA`; on a CUDA device; float32, float16 or bfloat16.
@@ -43,6 +43,8 @@ class ApexAdamEMA(AdamWEMA):
     Source: https://nvidia.github.io/apex/optimizers.html, with ``adam_w_mode=True``.
     """
 
+    _keeps_first_moment = True
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -50,10 +52,11 @@ class ApexAdamEMA(AdamWEMA):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        ema_decay: float = 0.9999,
+        ema_decay: float | None = 0.9999,
         max_grad_norm: float | None = None,
+        max_grad_value: float | None = None,
     ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, ema_decay, max_grad_norm)
+        super().__init__(params, lr, betas, eps, weight_decay, ema_decay, max_grad_norm, max_grad_value=max_grad_value)
         owned = [param for group in self.param_groups for param in group["params"]]
         _check("optimizers", owned)
         from apex.optimizers import FusedAdam
@@ -79,6 +82,8 @@ class ApexAdamEMA(AdamWEMA):
                 {**group, "bias_correction": True, "params": params, "step": step} for step, params in by_step.items()
             ]
         grads = [param.grad for group in groups for param in group["params"]]
+        if self.max_grad_value is not None:
+            cut_by_value_(grads, self.max_grad_value)
         self.grad_norm = global_norm(grads)
         if self.max_grad_norm is not None and grads:
             torch._foreach_mul_(grads, (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0))
@@ -88,6 +93,8 @@ class ApexAdamEMA(AdamWEMA):
             states = [self.state[param] for param in group["params"]]
             for state in states:
                 state["step"] += 1
+            if group["ema_decay"] is None:
+                continue
             emas = [state["ema"] for state in states]
             values = [param.to(ema.dtype) for param, ema in zip(group["params"], emas, strict=True)]
             torch._foreach_lerp_(emas, values, 1.0 - ema_decay_at(states[0]["step"], group["ema_decay"]))
