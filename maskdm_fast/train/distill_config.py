@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from maskdm_fast.diffusion import LossWeight
-from maskdm_fast.distill import METHODS, GuidanceScales, Method, falling_levels
+from maskdm_fast.distill import METHODS, GuidanceScales, LevelDraw, Method, falling_levels
 from maskdm_fast.models import UViTConfig
 from maskdm_fast.train.stage_config import StageConfig, check
 
@@ -69,6 +69,13 @@ class ScoreDistillationConfig(DistillationConfig):
     """Updates of the fake network for each of the generator's. None: 1, for dmd2 5."""
     fake_lr: float | None = None
     """Learning rate of the fake network. None: lr."""
+    fake_betas: tuple[float, float] | None = None
+    """Decay rates of the moments of the fake network. None: betas."""
+    fake_levels: tuple[float, float] | None = None
+    """Least and greatest noise level of the fake network's loss. None: as published."""
+    fake_level_draw: Literal["karras", "lognormal", "uniform"] | None = None
+    """How levels between them are drawn. None: as published, lognormal, for dmd2 karras. Few of the published draws are
+    above level 3, where the colour of an image is decided: short runs need karras."""
     fake_weight: Literal["edm", "none", "min-snr", "p2"] = "edm"
     """Weight of the fake network's loss by noise level, as --diffusion.loss-weight."""
     guidance: Literal["none", "teacher", "lsg", "zero"] = "none"
@@ -108,9 +115,12 @@ class ScoreDistillationConfig(DistillationConfig):
             ValueError: an option is not one of this method, or out of its range.
         """
         published = METHODS[self.method]()
-        levels = published.levels
-        if self.levels is not None:
-            levels = dataclasses.replace(levels, least=self.levels[0], greatest=self.levels[1])
+        score = published.fake_score
+        score = dataclasses.replace(
+            score,
+            levels=_drawn(score.levels, self.fake_levels, self.fake_level_draw),
+            weight=LossWeight(self.fake_weight),
+        )
         options: dict[str, Any] = {
             name: getattr(self, name)
             for name in ("alpha", "adversarial", "fake_adversarial", "freeze_images", "adversarial_from")
@@ -122,8 +132,8 @@ class ScoreDistillationConfig(DistillationConfig):
         return dataclasses.replace(
             published,
             weighting=self.weighting,
-            levels=dataclasses.replace(levels, kind=self.level_draw),
-            fake_score=dataclasses.replace(published.fake_score, weight=LossWeight(self.fake_weight)),
+            levels=_drawn(published.levels, self.levels, self.level_draw),
+            fake_score=score,
             guidance=GuidanceScales.of_mode(self.guidance, self.guidance_scale),
             **options,
         )
@@ -141,5 +151,15 @@ class ScoreDistillationConfig(DistillationConfig):
         for name in ("input_level", "fake_updates", "fake_lr", "max_grad_value"):
             value = getattr(self, name)
             check(name, value, value is None or value > 0, "more than 0, or None")
+        if self.fake_betas is not None:
+            check(
+                "fake_betas", self.fake_betas, all(0 <= beta < 1 for beta in self.fake_betas), "two numbers in [0, 1)"
+            )
         if self.guidance != "none" and not has_classes:
             raise ValueError(f"guidance is {self.guidance}, but the model has no classes; add --class-conditional")
+
+
+def _drawn(published: LevelDraw, levels: tuple[float, float] | None, kind: str | None) -> LevelDraw:
+    """A draw of noise levels with what was asked for in place of what was published."""
+    least, greatest = (published.least, published.greatest) if levels is None else levels
+    return dataclasses.replace(published, kind=published.kind if kind is None else kind, least=least, greatest=greatest)

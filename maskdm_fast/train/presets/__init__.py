@@ -7,7 +7,7 @@ A new preset is a function in the file of its family, and its name in `FAMILIES`
 from collections.abc import Callable
 
 from maskdm_fast.train.config import Recipe, RunConfig
-from maskdm_fast.train.presets import celeba, distilled, emoji, photos256, smoke
+from maskdm_fast.train.presets import celeba, distilled, emoji, photos256, published_distill, smoke
 
 Preset = Callable[[], RunConfig | Recipe]
 
@@ -40,6 +40,19 @@ FAMILIES: dict[str, tuple[Preset, ...]] = {
         photos256.celebahq_small,
         photos256.celebahq_small_10p,
         photos256.celebahq_small_1p,
+    ),
+    "published distillations, of teachers of your own (give --teacher RUN --data FOLDER)": (
+        published_distill.cifar10_sid,
+        published_distill.cifar10_classes_sid,
+        published_distill.imagenet64_sid,
+        published_distill.ffhq64_sid,
+        published_distill.afhqv2_64_sid,
+        published_distill.cifar10_sida,
+        published_distill.cifar10_classes_sida,
+        published_distill.imagenet64_sida,
+        published_distill.ffhq64_sida,
+        published_distill.afhqv2_64_sida,
+        published_distill.imagenet64_dmd2,
     ),
     "to see that everything works": (smoke.smoke, smoke.smoke_pretrain),
 }

@@ -1,8 +1,6 @@
 """Score distillation: a generator of one or few steps and a fake network, trained in turn under a frozen teacher."""
 
 import dataclasses
-import itertools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,11 +20,13 @@ from maskdm_fast.train.metrics import Values
 from maskdm_fast.train.pieces import Pieces, Reader, Renamed
 from maskdm_fast.train.stages.base import PREVIEW_STEPS, Batch
 from maskdm_fast.train.stages.parts import (
+    distance_by_level,
     engine_of,
     evaluation_flops,
     frozen_teacher,
     initial_values,
     meta_network,
+    named_levels,
     optimizer_settings,
     preview,
 )
@@ -35,9 +35,6 @@ from maskdm_fast.train.world import World
 
 FAKE = "fake_"
 """Begins the names of the fake network's groups in a checkpoint."""
-LEVEL_EDGES = (0.1, 0.3, 1.0, 3.0, 10.0)
-"""Noise levels sigma/alpha between the bins of the logged distance."""
-LEVEL_NAMES = tuple(f"{low:g}-{high:g}" for low, high in itertools.pairwise((0.0, *LEVEL_EDGES, math.inf)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +107,7 @@ class ScoreDistillationStage:
         fake, values = meta_network(config), of_teacher
         if stage.method == "dmd2" and stage.make().needs_images:
             fake, values = _with_head(fake, values, config.seed)
-        settings = dataclasses.replace(settings, ema_decay=None)
+        settings = dataclasses.replace(settings, ema_decay=None, betas=stage.fake_betas or stage.betas)
         return cls(
             config,
             generator,
@@ -179,7 +176,7 @@ class ScoreDistillationStage:
             t, distance = out.pop("t"), out.pop("distance_per_image", None)
             if distance is not None:
                 out["distance"] = distance.mean()
-                found = distance_by_level(self._teacher, t, distance)
+                found = distance_by_level(self._teacher.schedule, t, distance)
                 bins = found if bins is None else bins + found
             for name, value in out.items():
                 means[name] = means.get(name, 0.0) + weight * value.detach()
@@ -190,7 +187,7 @@ class ScoreDistillationStage:
         values: Values = {**means, **engine.step(lr)}
         self._rest(player)
         if bins is not None:
-            values |= {f"distance/{name}": (bins[0, i], bins[1, i]) for i, name in enumerate(LEVEL_NAMES)}
+            values |= named_levels(bins)
         return values
 
     def _wake(self, player: Player) -> None:
@@ -231,15 +228,6 @@ class ScoreDistillationStage:
     def close(self) -> None:
         self._generator.engine.close()
         self._fake.engine.close()
-
-
-def distance_by_level(teacher: Denoiser, t: Tensor, distance: Tensor) -> Tensor:
-    """Sums and counts of the distances ``[B]`` at the times t ``[B]`` in the bins of `LEVEL_NAMES`, ``[2, bins]``."""
-    alpha, sigma = teacher.schedule.alpha_sigma(t)
-    level = sigma / alpha
-    place = sum((level >= edge).to(torch.int64) for edge in LEVEL_EDGES)
-    inside = (place[:, None] == torch.arange(len(LEVEL_NAMES), device=t.device)).to(distance.dtype)  # [B, bins]
-    return torch.stack((distance @ inside, inside.sum(0)))
 
 
 def _with_head(fake: UViT, values: EngineValues, seed: int) -> tuple[Critic, EngineValues]:
