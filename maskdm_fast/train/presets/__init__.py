@@ -41,7 +41,7 @@ FAMILIES: dict[str, tuple[Preset, ...]] = {
         photos256.celebahq_small_10p,
         photos256.celebahq_small_1p,
     ),
-    "published distillations, of teachers of your own (give --teacher RUN --data FOLDER)": (
+    "published distillations, of teachers of your own (give --teacher RUN; SiDA, DMD2: --data FOLDER)": (
         published_distill.cifar10_sid,
         published_distill.cifar10_classes_sid,
         published_distill.imagenet64_sid,

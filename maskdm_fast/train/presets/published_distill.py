@@ -1,4 +1,4 @@
-"""Published distillations, for teachers of your own (give --teacher RUN, and --data FOLDER where images are needed).
+"""Published distillations, for teachers of your own: give --teacher RUN, and --data FOLDER where images are needed.
 
 What the student starts from and is sampled with is the teacher; the numbers here are those of the papers' codes for
 their convolutional networks, so begin with a tenth of the images and with `maskdm-fast evaluate`. Apart from them:
@@ -11,24 +11,24 @@ Sources: SiD: github.com/mingyuanzhou/SiD, run_sid.sh; SiDA: its branch sida; DM
 from dataclasses import replace
 
 from maskdm_fast.models import CONFIGS
-from maskdm_fast.train.config import OutputConfig, RunConfig, ScoreDistillationConfig
+from maskdm_fast.train.config import NO_DATA, OutputConfig, RunConfig, ScoreDistillationConfig
 
 _OUTPUT = OutputConfig(log_images=100_000, checkpoint_images=5_000_000, preview_images=64)
 
 
-def _run(model: str, stage: ScoreDistillationConfig, **shared: str) -> RunConfig:
-    return RunConfig(model=CONFIGS[model], precision="bf16", output=_OUTPUT, stage=stage, **shared)
+def _run(model: str, stage: ScoreDistillationConfig) -> RunConfig:
+    return RunConfig(model=CONFIGS[model], precision="bf16", data=NO_DATA, output=_OUTPUT, stage=stage)
 
 
 def _sida(run: RunConfig, num_images: int) -> RunConfig:
     stage = replace(run.stage, method="sida", alpha=1.0, max_grad_value=1.0, num_images=num_images, hflip=0.5)
-    return replace(run, stage=stage)
+    return replace(run, data=stage.teacher, stage=stage)
 
 
 def cifar10_sid() -> RunConfig:
     """SiD on CIFAR-10: FID 1.92 with one step."""
     stage = ScoreDistillationConfig(teacher="cifar10", num_images=500_000_000, batch_size=256, lr=1e-5, alpha=1.2)
-    return _run("uvit-small32", stage, data="cifar10")
+    return _run("uvit-small32", stage)
 
 
 def cifar10_classes_sid() -> RunConfig:
@@ -47,7 +47,7 @@ def imagenet64_sid() -> RunConfig:
         alpha=1.2,
         ema_half_life_images=2_000_000,
     )
-    return replace(_run("uvit-mid64", stage, data="imagenet64"), class_conditional=True)
+    return replace(_run("uvit-mid64", stage), class_conditional=True)
 
 
 def ffhq64_sid() -> RunConfig:
@@ -61,13 +61,13 @@ def ffhq64_sid() -> RunConfig:
         betas=(0.9, 0.999),
         fake_betas=(0.0, 0.999),
     )
-    return _run("small64", stage, data="ffhq64")
+    return _run("small64", stage)
 
 
 def afhqv2_64_sid() -> RunConfig:
     """SiD on AFHQv2 at 64 px: FID 1.63."""
     stage = ScoreDistillationConfig(teacher="afhqv2-64", num_images=500_000_000, batch_size=512, lr=5e-6, alpha=1.0)
-    return _run("small64", stage, data="afhqv2-64")
+    return _run("small64", stage)
 
 
 def cifar10_sida() -> RunConfig:
@@ -109,4 +109,4 @@ def imagenet64_dmd2() -> RunConfig:
         max_grad_norm=10.0,
         max_grad_value=None,
     )
-    return replace(_run("uvit-mid64", stage, data="imagenet64"), class_conditional=True)
+    return replace(_run("uvit-mid64", stage), class_conditional=True, data="imagenet64")
