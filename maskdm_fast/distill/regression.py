@@ -236,11 +236,17 @@ class Regression:
             weight: of each image, ``[B]``.
 
         Returns:
-            ``loss``, a scalar with gradient, the mean of ``loss_per_image [B]`` (detached), and the times ``t [B]``.
+            ``loss``, a scalar with gradient, the mean of ``loss_per_image [B]`` (detached), which is ``weight`` times
+            ``distance_per_image [B]``, and the times ``t [B]``.
         """
-        loss = self.distance(tell(student, strength)(xt, here.t, labels), target)
-        loss = loss * weight.to(loss.dtype)
-        return {"loss": loss.mean(), "loss_per_image": loss.detach(), "t": here.t}
+        distance = self.distance(tell(student, strength)(xt, here.t, labels), target)
+        loss = distance * weight.to(distance.dtype)
+        return {
+            "loss": loss.mean(),
+            "loss_per_image": loss.detach(),
+            "distance_per_image": distance.detach(),
+            "t": here.t,
+        }
 
     def distance(self, x0: Tensor, target: Tensor) -> Tensor:
         """Mean squared error of each image, ``[B]``."""

@@ -1,5 +1,6 @@
 """Sampling from the weights of a run, whatever its stage was."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,8 @@ from torch import Tensor
 from maskdm_fast import distill
 from maskdm_fast.diffusion import Denoiser, sample
 from maskdm_fast.models import UViT
-from maskdm_fast.train.config import DenoisingConfig, RunConfig, ScoreDistillationConfig
+from maskdm_fast.train.config import DenoisingConfig, RegressionConfig, RunConfig, ScoreDistillationConfig
+from maskdm_fast.train.regression_config import is_told
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,17 @@ class SamplerOptions:
             raise ValueError(f"the run is a {stage}, which has its own sampler: leave out sampler, eta and guidance")
 
 
-def make_denoiser(config: RunConfig, tensors: dict[str, Tensor], device: torch.device) -> Denoiser:
-    """The denoiser of a run, with the given state dict of its model."""
+def meta_network(config: RunConfig) -> UViT | distill.GuidedNetwork:
+    """The network of a run, without memory; one that is told its guidance has the other inside."""
     with torch.device("meta"):
-        model = UViT(config.model)
+        network = UViT(config.model)
+        return distill.GuidedNetwork(network) if is_told(config.stage) else network
+
+
+def make_denoiser(config: RunConfig, tensors: dict[str, Tensor], device: torch.device) -> Denoiser:
+    """The denoiser of a run, with the given state dict of its model; of a network that is told its guidance take
+    ``model.at(...)``."""
+    model = meta_network(config)
     # assign keeps the tensors that were read, so the weights are in memory once; `.to` copies only if it must.
     model.load_state_dict({name: tensor.to(device) for name, tensor in tensors.items()}, assign=True)
     return Denoiser(model, config.diffusion.noise_schedule(config.model), config.diffusion.prediction)
@@ -73,7 +82,7 @@ def generate(
 
     Raises:
         ValueError: an argument is out of range, or is not for a student; there is guidance, but the model has no
-            classes.
+            classes, or has not learnt to do without them.
     """
     model = config.model
     if labels is None and model.num_classes:
@@ -102,16 +111,48 @@ def generate(
 def _denoise(
     config: RunConfig, tensors: dict[str, Tensor], options: SamplerOptions, device: torch.device, **drawn: Any
 ) -> Tensor:
+    return _in_steps(make_denoiser(config, tensors, device), config, options, **drawn)
+
+
+def _in_steps(denoiser: Denoiser, config: RunConfig, options: SamplerOptions, **drawn: Any) -> Tensor:
     return sample(
-        make_denoiser(config, tensors, device),
+        denoiser,
         sampler=options.sampler,
         num_steps=config.stage.sampling_steps if options.num_steps is None else options.num_steps,
         eta=options.eta,
         guidance=options.guidance,
         guidance_interval=options.guidance_interval,
-        bound=1.0 if config.latent_bound is None else config.latent_bound,
+        bound=_bound(config),
         **drawn,
     )
+
+
+def _bound(config: RunConfig) -> float:
+    return 1.0 if config.latent_bound is None else config.latent_bound
+
+
+def _regressed(
+    config: RunConfig, tensors: dict[str, Tensor], options: SamplerOptions, device: torch.device, **drawn: Any
+) -> Tensor:
+    """Of a student by regression. To be told a scale of guidance costs it no second evaluation."""
+    stage, denoiser = config.stage, make_denoiser(config, tensors, device)
+    if is_told(stage):
+        if options.guidance_interval is not None:
+            raise ValueError("the run is a student that is guided alike at all noise levels: leave out its interval")
+        denoiser = dataclasses.replace(denoiser, model=denoiser.model.at(stage.strength_of(options.guidance)))
+        options = dataclasses.replace(options, guidance=1.0)
+    if stage.method == "guided":
+        if options.guidance != 1.0 and not stage.label_drop:
+            raise ValueError(
+                "the run is a guided student that has learnt nothing about images without a class: leave out guidance"
+            )
+        return _in_steps(denoiser, config, options, **drawn)
+    options.check_student(f"{stage.method} student", stage.sampling_steps)
+    if stage.method == "progressive":
+        transitions = distill.progressive_transitions(denoiser.schedule, stage.num_steps)
+    else:
+        transitions = distill.consistency_transitions(denoiser.schedule, stage.sampling_levels)
+    return sample(denoiser, transitions=transitions, bound=_bound(config), **drawn)
 
 
 def _generate(
@@ -123,5 +164,9 @@ def _generate(
     return distill.generate(distill.Generator(make_denoiser(config, tensors, device), shape, levels), **drawn)
 
 
-_DRAW: dict[type, Callable[..., Tensor]] = {DenoisingConfig: _denoise, ScoreDistillationConfig: _generate}
+_DRAW: dict[type, Callable[..., Tensor]] = {
+    DenoisingConfig: _denoise,
+    ScoreDistillationConfig: _generate,
+    RegressionConfig: _regressed,
+}
 """Samplers by the configuration of the stage."""

@@ -18,7 +18,7 @@ def find_teacher(config: RunConfig, folder: Path, world: World) -> Weights | Non
 
     Raises:
         FileNotFoundError: it is not there.
-        ValueError: it is no denoising network.
+        ValueError: what it has learnt cannot be distilled by this stage.
         CheckpointError: it is damaged.
     """
     stage = config.stage
@@ -33,12 +33,16 @@ def find_teacher(config: RunConfig, folder: Path, world: World) -> Weights | Non
         return load_trained(stage.teacher, folder, stage.teacher_weights, config, option)
 
     teacher = world.on_each_machine(read)
-    if not teacher.config.stage.makes_denoiser:
-        raise ValueError(
-            f"the teacher {teacher.checkpoint.path} comes from {teacher.config.stage.kind}: it makes images in its own "
-            "steps and denoises at no other level; want a run that denoises"
-        )
+    check_kind(config, teacher)
     return teacher
+
+
+def check_kind(config: RunConfig, teacher: Weights) -> None:
+    """Raise ValueError unless the stage of `config` can distil what the stage of its teacher has made."""
+    try:
+        config.stage.check_teacher(teacher.config.stage)
+    except ValueError as error:
+        raise ValueError(f"the teacher {teacher.checkpoint.path}: {error}") from None
 
 
 def keep_teacher(teacher: Weights, folder: Path) -> None:

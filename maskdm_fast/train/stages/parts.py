@@ -1,6 +1,8 @@
 """What stages are made of: networks with their engines, weights that fit, samples of the averaged weights."""
 
 import functools
+import itertools
+import math
 import sys
 
 import torch
@@ -13,29 +15,28 @@ from maskdm_fast.models.layers import Block
 from maskdm_fast.train.config import RunConfig
 from maskdm_fast.train.costs import counts_of_mask, model_flops
 from maskdm_fast.train.engine import DTYPES, Engine, EngineSettings, OptimizerSettings, Values, make_engine
-from maskdm_fast.train.generation import generate
+from maskdm_fast.train.generation import generate, meta_network
+from maskdm_fast.train.regression_config import is_told
+from maskdm_fast.train.teachers import check_kind
 from maskdm_fast.train.weights import Weights
 from maskdm_fast.train.world import World
 
+LEVEL_EDGES = (0.1, 0.3, 1.0, 3.0, 10.0)
+"""Noise levels sigma/alpha between the bins of a logged distance."""
+LEVEL_NAMES = tuple(f"{low:g}-{high:g}" for low, high in itertools.pairwise((0.0, *LEVEL_EDGES, math.inf)))
 _SHOWN = 10
-
-
-def meta_network(config: RunConfig) -> UViT:
-    """The network of a run, without memory."""
-    with torch.device("meta"):
-        return UViT(config.model)
 
 
 def initial_values(config: RunConfig, weights: Weights | None, world: World) -> Values:
     """Where a network of the run begins: at `weights`, resized to its image and patch size, or at its seed's draws.
+    A network that is told its guidance begins as one that is not.
 
     Raises:
         ValueError: `weights` do not fit; the message names the tensors.
     """
-    shapes = meta_network(config)
     if weights is None:
-        return functools.partial(shapes.initial_value, seed=config.seed)
-    return _fitting(shapes, weights, world).__getitem__
+        return functools.partial(meta_network(config).initial_value, seed=config.seed)
+    return _fitting(config, weights, world).__getitem__
 
 
 def optimizer_settings(config: RunConfig) -> OptimizerSettings:
@@ -78,28 +79,39 @@ def engine_of(
     return make_engine(machine.engine, model, optimizer, settings, world, values)
 
 
-def frozen_teacher(config: RunConfig, teacher: Weights, world: World) -> Denoiser:
-    """The teacher of a distillation: every process holds it whole, in the precision of the run, without gradients.
-
-    Raises:
-        ValueError: it has another network, schedule or kind of prediction than the run.
-    """
+def check_teacher(config: RunConfig, teacher: Weights) -> None:
+    """Raise ValueError unless the student of `teacher` is that of the run: with its network, schedule and what the
+    student of its kind of prediction predicts; and unless the stage can distil what it has learnt."""
     there, here = teacher.config, config
     if there.model != here.model:
         words = ", ".join(
             f"{name} {old} -> {new}" for name, (old, new) in changed_fields(there.model, here.model).items()
         )
         raise ValueError(f"the student has another network than its teacher {teacher.checkpoint.path}: {words}")
-    for name in ("schedule", "prediction"):
-        old, new = getattr(there.diffusion, name), getattr(here.diffusion, name)
-        if old != new:
-            raise ValueError(f"the teacher {teacher.checkpoint.path} has {name} {old}, the run {new}; want the same")
-    model = meta_network(config)
+    wanted = {
+        "schedule": there.diffusion.schedule,
+        "prediction": here.stage.student_prediction(there.diffusion.prediction),
+    }
+    for name, want in wanted.items():
+        found = getattr(here.diffusion, name)
+        if found != want:
+            raise ValueError(f"a student of {teacher.checkpoint.path} has {name} {want}, but the run {found}")
+    check_kind(config, teacher)
+
+
+def frozen_teacher(config: RunConfig, teacher: Weights, world: World) -> Denoiser:
+    """The teacher of a distillation: every process holds it whole, in the precision of the run, without gradients.
+
+    Raises:
+        ValueError: as `check_teacher`.
+    """
+    check_teacher(config, teacher)
+    model = meta_network(teacher.config)
     dtype = DTYPES[config.precision]
     tensors = {name: tensor.to(world.device, dtype) for name, tensor in teacher.tensors.items()}
     model.load_state_dict(tensors, assign=True)
     schedule = config.diffusion.noise_schedule(config.model)
-    return Denoiser(model.requires_grad_(False).eval(), schedule, config.diffusion.prediction)
+    return Denoiser(model.requires_grad_(False).eval(), schedule, teacher.config.diffusion.prediction)
 
 
 def preview(
@@ -109,6 +121,7 @@ def preview(
     num_images: int,
     labels: Tensor | None,
     num_steps: int | None = None,
+    guidance: float = 1.0,
 ) -> Tensor:
     """Sample as `Stage.preview`; every process a share.
 
@@ -118,6 +131,7 @@ def preview(
         world: the processes.
         num_images, labels: as of `Stage.preview`.
         num_steps: of the sampler; None: those that a student was made for.
+        guidance: its scale.
     """
     mine = torch.arange(num_images).tensor_split(world.world_size)[world.rank].tolist()
 
@@ -129,6 +143,7 @@ def preview(
             tensors,
             len(mine),
             num_steps=num_steps,
+            guidance=guidance,
             seed=config.seed,
             first_slot=mine[0],
             labels=None if labels is None else labels[mine],
@@ -136,6 +151,15 @@ def preview(
         )
 
     return torch.cat([images for images in world.everywhere(draw) if images is not None])
+
+
+def distance_by_level(denoiser: Denoiser, t: Tensor, distance: Tensor) -> Tensor:
+    """Sums and counts of the distances ``[B]`` at the times t ``[B]`` in the bins of `LEVEL_NAMES`, ``[2, bins]``."""
+    alpha, sigma = denoiser.schedule.alpha_sigma(t)
+    level = sigma / alpha
+    place = sum((level >= edge).to(torch.int64) for edge in LEVEL_EDGES)
+    inside = (place[:, None] == torch.arange(len(LEVEL_NAMES), device=t.device)).to(distance.dtype)  # [B, bins]
+    return torch.stack((distance @ inside, inside.sum(0)))
 
 
 @functools.lru_cache(maxsize=64)
@@ -150,15 +174,19 @@ def evaluation_flops(config: RunConfig) -> float:
     return flops_of_training(config.model, NoMask(), 0.0, (side, side)) / 3.0
 
 
-def _fitting(model: UViT, weights: Weights, world: World) -> dict[str, Tensor]:
+def _fitting(config: RunConfig, weights: Weights, world: World) -> dict[str, Tensor]:
     """Trained weights, resized to the model's image and patch size; or raise ValueError naming what does not fit."""
-    own, tensors = model.state_dict(), weights.tensors
-    changed = changed_fields(weights.config.model, model.config)
-    if changed and changed.keys() <= TRANSFERABLE:
-        tensors = transfer(tensors, weights.config.model, model.config)
+    model, tensors = meta_network(config), weights.tensors
+    own, told = model.state_dict(), is_told(weights.config.stage)
+    changed = changed_fields(weights.config.model, config.model)
+    if changed and changed.keys() <= TRANSFERABLE and not told:
+        tensors = transfer(tensors, weights.config.model, config.model)
         words = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in sorted(changed.items()))
         if world.is_main:
             print(f"the weights of {weights.checkpoint.path} were made to fit: {words}", file=sys.stderr, flush=True)
+    if is_told(config.stage) and not told:
+        begin = model.initial_value("strength_embed", config.seed)
+        tensors = {"strength_embed": begin, **{f"network.{name}": tensor for name, tensor in tensors.items()}}
     problems = [
         f"{name}: {_shape(tensors.get(name))} there, {_shape(own.get(name))} here"
         for name in sorted(own.keys() | tensors.keys())
