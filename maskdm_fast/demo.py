@@ -1,4 +1,5 @@
-"""``maskdm-fast demo``: masked pretraining and fine-tuning against training from scratch, for the same training time.
+"""``maskdm-fast demo``: masked pretraining and fine-tuning against training from scratch, for the same training time;
+then a student of the first, which draws in one step.
 
 Both arms train in turns, a slice of the budget at a time, so that a machine that slows down slows both. Only the
 time inside the training loop counts: set-up, checkpoints, sampling and scoring do not.
@@ -30,20 +31,27 @@ from maskdm_fast.eval import (
 )
 from maskdm_fast.eval.report import write_report
 from maskdm_fast.eval.results import NeighbourStrip, ReportData, RunResult, StageResult
-from maskdm_fast.eval.summary import render_text
+from maskdm_fast.eval.summary import render_text, verdict
 from maskdm_fast.models import CONFIGS, UViTConfig
 from maskdm_fast.train import RunConfig, TrainResult, load_weights, read_metrics, train
 from maskdm_fast.train.checkpoint import write_json_atomic
-from maskdm_fast.train.config import DenoisingConfig, DiffusionConfig, MachineConfig, OutputConfig
+from maskdm_fast.train.config import (
+    DenoisingConfig,
+    DiffusionConfig,
+    MachineConfig,
+    OutputConfig,
+    ScoreDistillationConfig,
+)
 from maskdm_fast.train.extras import require
 from maskdm_fast.train.generation import generate
 from maskdm_fast.train.metrics import git_commit, machine, package_versions
+from maskdm_fast.train.presets.distilled import emoji32_distill_sid
 from maskdm_fast.train.progress import format_seconds, step_bar
 from maskdm_fast.train.runs import default_cache_dir, make_folder, open_store
 from maskdm_fast.train.signals import StopSignals
 from maskdm_fast.train.world import make_world
 
-_MASKED, _SCRATCH = "masked", "scratch"
+_MASKED, _SCRATCH, _DISTILLED = "masked", "scratch", "distilled"
 _NUM_SHOWN, _NUM_NEIGHBOURED = 64, 8
 _OPTIONS_NAME, _SUMMARY_NAME, _REPORT_NAME = "demo.json", "summary.txt", "report.html"
 
@@ -53,7 +61,8 @@ class DemoOptions:
     """Train a small model on emoji two ways for the same training time, and write a report that compares them.
 
     One arm pretrains on masked images and fine-tunes on whole ones, the other trains on whole images from the start.
-    Same seed, same data. An interrupted demo goes on where it stopped; of a finished one the summary is shown again.
+    Same seed, same data. The first is then distilled into a generator of one step (SiD). An interrupted demo goes on
+    where it stopped; of a finished one the summary is shown again.
 
     example: maskdm-fast demo --minutes 20 --out runs/longer-demo
     """
@@ -61,7 +70,8 @@ class DemoOptions:
     smoke: bool = False
     """Do all of it in less than a minute, with a model too small to learn anything."""
     minutes: float | None = None
-    """Training time of each arm, in minutes; set-up, sampling and scoring come on top. Default: 1.75, --smoke 0.05."""
+    """Training time of each arm, in minutes; the student takes half as long, and set-up, sampling and scoring come on
+    top. Default: 1.75, --smoke 0.05."""
     out: str | None = None
     """Folder of the report and of all runs. Default: runs/demo (runs/demo-smoke with --smoke)."""
     seed: int = 0
@@ -77,19 +87,23 @@ class Plan:
     Attributes:
         model: trained in both arms.
         pretrain, unmasked: the stages; scratch and fine-tuning differ in their first weights only.
+        distill: what makes the student.
         seconds: training time of each arm.
+        distill_seconds: of the student.
         pretrain_share: share of it for pretraining.
         rounds: slices that the budget is cut into.
         log_images: log interval of the masked stage; the unmasked ones log as often in time.
         num_samples: images drawn from each arm for the scores.
-        num_steps: sampler steps.
+        num_steps: sampler steps of the arms.
         num_reference: real images that the scores use, None for all.
     """
 
     model: UViTConfig
     pretrain: DenoisingConfig
     unmasked: DenoisingConfig
+    distill: ScoreDistillationConfig
     seconds: float
+    distill_seconds: float
     pretrain_share: float
     rounds: int
     log_images: tuple[int, int]
@@ -118,7 +132,14 @@ def make_plan(options: DemoOptions) -> Plan:
         else CONFIGS["emoji32"],
         pretrain=pretrain,
         unmasked=unmasked,
+        distill=replace(
+            emoji32_distill_sid().stage,
+            teacher=f"{_MASKED}/2-finetune",
+            num_images=None,
+            ema_half_life_images=1_000,
+        ),
         seconds=60.0 * minutes,
+        distill_seconds=30.0 * minutes,
         pretrain_share=0.5,
         rounds=2 if options.smoke else 4,
         log_images=(6_400, 3_200) if options.smoke else (2_560, 640),
@@ -175,7 +196,8 @@ def run(options: DemoOptions) -> int:
         return 0
     key = f"{demo.store.header.checksum}|{len(demo.real)}|{demo.seed}"
     reference = cached_features(demo.real, network, key=key, cache_dir=default_cache_dir())
-    data = _report(demo, [_result(demo, name, network, reference) for name in (_MASKED, _SCRATCH)], started)
+    results = [_result(demo, name, network, reference) for name in (_MASKED, _SCRATCH, _DISTILLED)]
+    data = _report(demo, results, started)
     write_report(data, folder / _REPORT_NAME)
     summary = render_text(data)
     print("\n" + summary)
@@ -188,7 +210,7 @@ def _configs(plan: Plan, options: DemoOptions) -> dict[str, RunConfig]:
     """The runs by their folder inside the demo's."""
     fast, slow = plan.log_images
 
-    def config(stage: DenoisingConfig, log_images: int) -> RunConfig:
+    def config(stage: DenoisingConfig | ScoreDistillationConfig, log_images: int) -> RunConfig:
         return RunConfig(
             seed=options.seed,
             model=plan.model,
@@ -203,11 +225,12 @@ def _configs(plan: Plan, options: DemoOptions) -> dict[str, RunConfig]:
         f"{_MASKED}/1-pretrain": config(plan.pretrain, fast),
         f"{_MASKED}/2-finetune": config(replace(plan.unmasked, init_from="1-pretrain"), slow),
         _SCRATCH: config(plan.unmasked, slow),
+        _DISTILLED: config(plan.distill, slow),
     }
 
 
 def _train(plan: Plan, configs: dict[str, RunConfig], folder: Path) -> bool:
-    """Train both arms to the full budget, in turns; False if a signal came."""
+    """Train both arms to the full budget, in turns, then the student; False if a signal came."""
 
     with StopSignals() as signals:
 
@@ -223,18 +246,19 @@ def _train(plan: Plan, configs: dict[str, RunConfig], folder: Path) -> bool:
                 train_until(f"{_MASKED}/2-finetune", target - pretrained.seconds)
             if signals.received or not train_until(_SCRATCH, target).finished:
                 return False
-    return True
+        return train_until(_DISTILLED, plan.distill_seconds).finished
 
 
 def _result(demo: Demo, name: str, network: FeatureNetwork, reference: Tensor) -> RunResult:
     """Sample and score one arm; `reference` holds the features of `demo.real`."""
     weights, plan = load_weights(demo.folder / name), demo.plan
+    student = name == _DISTILLED
     with step_bar(f"sampling {name}") as progress:
         samples = generate(
             weights.config,
             weights.tensors,
             plan.num_samples,
-            num_steps=plan.num_steps,
+            num_steps=None if student else plan.num_steps,
             seed=demo.seed,
             device=network.device,
             progress=progress,
@@ -242,22 +266,33 @@ def _result(demo: Demo, name: str, network: FeatureNetwork, reference: Tensor) -
     features = compute_features(samples, network)
     shown = samples[:_NUM_NEIGHBOURED]
     neighbours = nearest(features[: len(shown)], reference, network, k=4)
-    masked = name == _MASKED
-    stages = ("1-pretrain", "2-finetune") if masked else ("",)
+    title, description = _words(plan, name)
+    stages = ("1-pretrain", "2-finetune") if name == _MASKED else ("",)
+    sampler = "one step" if student else f"DDIM, {plan.num_steps} steps"
     return RunResult(
-        name="masked pretrain + finetune" if masked else "from scratch, unmasked",
-        description=(
-            f"Mask {format_mask(plan.pretrain.mask)} for {plan.pretrain_share:.0%} of the time, then whole images."
-            if masked
-            else "Whole images all the time."
-        ),
+        name=title,
+        description=description,
         stages=_stages([demo.folder / name / stage for stage in stages]),
         samples=samples[:_NUM_SHOWN],
-        samples_caption=(
-            f"EMA weights, DDIM, {demo.plan.num_steps} steps, seed {demo.seed}: the first of {len(samples)}, not chosen"
-        ),
+        samples_caption=f"EMA weights, {sampler}, seed {demo.seed}: the first of {len(samples)}, not chosen",
         scores=compare(features, reference, network, seed=demo.seed),
         neighbours=NeighbourStrip.of(shown, demo.real, neighbours, "1 - cosine of features"),
+    )
+
+
+def _words(plan: Plan, name: str) -> tuple[str, str]:
+    """Name and description of a run in the report."""
+    if name == _SCRATCH:
+        return "from scratch, unmasked", "Whole images all the time."
+    if name == _MASKED:
+        mask = format_mask(plan.pretrain.mask)
+        return (
+            "masked pretrain + finetune",
+            f"Mask {mask} for {plan.pretrain_share:.0%} of the time, then whole images.",
+        )
+    return (
+        "its one-step student (SiD)",
+        f"The first, distilled without data in {format_seconds(plan.distill_seconds)} minutes.",
     )
 
 
@@ -269,15 +304,17 @@ def _stages(folders: list[Path]) -> list[StageResult]:
         checkpoint = load_weights(folder).checkpoint
         images, seconds = checkpoint.state["images"], checkpoint.state["seconds"]
         stage = load_weights(folder).config.stage
+        denoises = isinstance(stage, DenoisingConfig)
         points = [
             (images_before + record["images"], seconds_before + record["seconds"], record["loss"])
             for record in read_metrics(folder)
-            if record["kind"] == "log"
+            if record["kind"] == "log" and denoises  # the loss of another kind is another number
         ]
         results.append(
             StageResult(
                 name=folder.name.partition("-")[2] or folder.name,
-                description=f"mask {format_mask(stage.mask)}, batch {stage.batch_size}, lr {stage.lr:g}",
+                description=f"{f'mask {format_mask(stage.mask)}' if denoises else stage.method}, "
+                f"batch {stage.batch_size}, lr {stage.lr:g}",
                 points=points,
                 images=images,
                 seconds=seconds,
@@ -296,9 +333,11 @@ def _report(demo: Demo, results: list[RunResult], started: float) -> ReportData:
         lead=(
             f"One model, trained twice for {format_seconds(demo.plan.seconds)} minutes on the same images, from one "
             "seed: once on masked images and then on whole ones, once on whole images from the start. The two took "
-            "turns on the machine; set-up, checkpoints, sampling and scoring are not counted."
+            "turns on the machine; set-up, checkpoints, sampling and scoring are not counted. Then the first was "
+            "distilled into a generator that needs one evaluation of the network for an image."
         ),
         runs=results,
+        verdict=_verdict(demo.plan, results),
         real=demo.real[:_NUM_SHOWN],
         real_caption=f"training images at random, {store.image_size} px",
         facts={
@@ -317,6 +356,16 @@ def _report(demo: Demo, results: list[RunResult], started: float) -> ReportData:
             **{f"run, {result.name}": result.stages[-1].path for result in results},
         },
         attribution=store.header.attribution,
+    )
+
+
+def _verdict(plan: Plan, results: list[RunResult]) -> str:
+    """Which arm came out ahead, and what the student loses or wins."""
+    *arms, student = results
+    teacher = arms[0].scores
+    return (
+        f"{verdict(ReportData('', '', arms))} The student of the first draws in one step instead of {plan.num_steps}: "
+        f"{student.scores.fd_name} {student.scores.fd:.1f} against its teacher's {teacher.fd:.1f}."
     )
 
 

@@ -45,6 +45,8 @@ def test_demo_compares_two_arms_at_equal_time(options, tmp_path, capsys):
         for word in (
             "masked pretrain + finetune",
             "from scratch, unmasked",
+            "its one-step student (SiD)",
+            "draws in one step instead of 5",
             "real images (floor)",
             "images/s",
             "CC-BY",
@@ -55,6 +57,8 @@ def test_demo_compares_two_arms_at_equal_time(options, tmp_path, capsys):
     masked = seconds_of(folder / "masked/1-pretrain") + seconds_of(folder / "masked/2-finetune")
     scratch = seconds_of(folder / "scratch")
     assert masked == pytest.approx(0.3, abs=0.15) and scratch == pytest.approx(0.3, abs=0.15)
+    assert seconds_of(folder / "distilled") >= 0.15
+    assert "one step, seed 0" in html
     header = read_metrics(folder / "masked/2-finetune")[0]
     assert header["config"]["stage"]["init_from"] == "1-pretrain"
 
@@ -94,6 +98,7 @@ def test_plan_shares_everything_but_the_mask():
     configs = demo._configs(plan, demo.DemoOptions())
     finetune, scratch = configs["masked/2-finetune"].stage, configs["scratch"].stage
     assert replace(finetune, init_from=None) == scratch
+    assert configs["distilled"].stage.teacher == "masked/2-finetune"
     assert {config.seed for config in configs.values()} == {0}
     assert {config.model for config in configs.values()} == {plan.model}
     for config in configs.values():
