@@ -20,13 +20,13 @@ from maskdm_fast.train.metrics import Values
 from maskdm_fast.train.pieces import Pieces, Reader, Renamed
 from maskdm_fast.train.stages.base import PREVIEW_STEPS, Batch
 from maskdm_fast.train.stages.parts import (
+    LEVEL_NAMES,
     distance_by_level,
     engine_of,
     evaluation_flops,
     frozen_teacher,
     initial_values,
     meta_network,
-    named_levels,
     optimizer_settings,
     preview,
 )
@@ -77,7 +77,7 @@ class ScoreDistillationStage:
         # What is not trained in an update is called by itself: an engine would prepare for its gradients.
         self._in_fake_update = self._networks(fake.engine.model, generator.network)
         self._in_generator_update = self._networks(fake.network, generator.engine.model)
-        self._rest(self._generator)
+        self._rest(self._generator, self._fake)
 
     def _networks(self, fake: nn.Module, generator: nn.Module) -> Networks:
         model, stage = self._config.model, self._config.stage
@@ -176,7 +176,7 @@ class ScoreDistillationStage:
             t, distance = out.pop("t"), out.pop("distance_per_image", None)
             if distance is not None:
                 out["distance"] = distance.mean()
-                found = distance_by_level(self._teacher.schedule, t, distance)
+                found = distance_by_level(self._teacher, t, distance)
                 bins = found if bins is None else bins + found
             for name, value in out.items():
                 means[name] = means.get(name, 0.0) + weight * value.detach()
@@ -187,16 +187,17 @@ class ScoreDistillationStage:
         values: Values = {**means, **engine.step(lr)}
         self._rest(player)
         if bins is not None:
-            values |= named_levels(bins)
+            values |= {f"distance/{name}": (bins[0, i], bins[1, i]) for i, name in enumerate(LEVEL_NAMES)}
         return values
 
     def _wake(self, player: Player) -> None:
         if self._config.machine.offload_idle:
             player.engine.wake()
 
-    def _rest(self, player: Player) -> None:
+    def _rest(self, *players: Player) -> None:
         if self._config.machine.offload_idle:
-            player.engine.rest()
+            for player in players:
+                player.engine.rest()
 
     def lr(self, step: int) -> float:
         return self._config.stage.lr_at(step)
@@ -224,6 +225,7 @@ class ScoreDistillationStage:
     def load(self, reader: Reader) -> None:
         self._generator.engine.load(reader)
         self._fake.engine.load(Renamed(reader, FAKE))
+        self._rest(self._generator, self._fake)
 
     def close(self) -> None:
         self._generator.engine.close()
