@@ -10,7 +10,9 @@ import argparse
 
 from maskdm_fast.models import UViTConfig
 from maskdm_fast.train.config import DenoisingConfig, MachineConfig, RunConfig
-from maskdm_fast.train.memory import ENGINES, FITTING_SHARE, Memory, memory_per_rank, num_parameters
+from maskdm_fast.train.engine_choice import FITTING_SHARE
+from maskdm_fast.train.memory import ENGINES, Memory, memory_per_rank
+from maskdm_fast.train.plan import num_parameters
 
 PROCESSES = (1, 8, 64)
 PER_MACHINE = 8

@@ -40,7 +40,8 @@ from maskdm_fast.ops import backend
 from maskdm_fast.random import Stream
 from maskdm_fast.train.config import DenoisingConfig, DiffusionConfig, MachineConfig, RunConfig
 from maskdm_fast.train.engine import autocast
-from maskdm_fast.train.memory import memory_per_rank, num_parameters
+from maskdm_fast.train.memory import memory_per_rank
+from maskdm_fast.train.plan import num_parameters
 from maskdm_fast.train.stages import Batch, DenoisingStage
 from maskdm_fast.train.world import World, disconnect, make_world
 

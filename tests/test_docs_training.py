@@ -14,8 +14,10 @@ from PIL import Image
 from torch.distributed.run import get_args_parser
 
 from maskdm_fast import cli, commands
+from maskdm_fast.train.engine_choice import choose_engine
 from maskdm_fast.train.hardware import HARDWARE
-from maskdm_fast.train.memory import choose_engine, memory_per_rank, num_parameters
+from maskdm_fast.train.memory import memory_per_rank
+from maskdm_fast.train.plan import num_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "training.md"

@@ -16,25 +16,18 @@ from maskdm_fast.ops import backend
 from maskdm_fast.ops.work import Work
 from maskdm_fast.train.config import Recipe, RunConfig
 from maskdm_fast.train.config_json import flatten
-from maskdm_fast.train.costs import Counts, Part, step_parts, total, visible_counts
+from maskdm_fast.train.costs import Counts, Part, total
+from maskdm_fast.train.engine_choice import choose_engine
 from maskdm_fast.train.hardware import HARDWARE, HERE, Hardware, probe
 from maskdm_fast.train.launches import count_launches
-from maskdm_fast.train.memory import (
-    ENGINES,
-    Memory,
-    Place,
-    choose_engine,
-    item_size,
-    memory_per_rank,
-    model_of,
-    num_parameters,
-)
+from maskdm_fast.train.memory import ENGINES, Memory, Place, item_size, memory_per_rank
+from maskdm_fast.train.plan import model_of, plan_of
 from maskdm_fast.train.progress import format_seconds
 from maskdm_fast.train.roofline import Roofline, roofline
 from maskdm_fast.train.world import make_world, rank_from_environment
 
 _COLUMNS = {
-    "weights": ("weights", "small weights", "gathered weights", "16-bit weights"),
+    "weights": ("weights", "small weights", "gathered weights", "16-bit weights", "frozen weights"),
     "master": ("master weights",),
     "moments": ("moments",),
     "average": ("average",),
@@ -102,24 +95,23 @@ class Estimate:
 def estimate(config: RunConfig) -> Estimate:
     """What the run of `config` costs. Reads no data: a class-conditional run whose number of classes is not known yet
     is counted with one."""
-    model, stage, machine, parameters = model_of(config), config.stage, config.machine, num_parameters(config)
-    side = model.image_size // model.patch_size
-    counts = visible_counts(stage, (side, side))
+    model, stage, machine, plan = model_of(config), config.stage, config.machine, plan_of(config)
     micro = min(machine.micro_batch_size or stage.batch_size, stage.batch_size)
     num_micro = -(-stage.batch_size // micro)
-    options = {"num_micro": num_micro, "item": item_size(config), "weights": parameters}
-    options |= {"checkpointing": machine.activation_checkpointing, "optimizer": stage.optimizer}
+    options = {"num_micro": num_micro, "item": item_size(config), "optimizer": stage.optimizer}
+    options |= {"checkpointing": machine.activation_checkpointing}
+    whole = dataclasses.replace(plan, counts=[(model.num_tokens, 1.0)])
     return Estimate(
-        parameters=parameters,
+        parameters=plan.networks[0].values,
         extras=model.num_extras,
         patches=model.num_tokens,
-        counts=counts,
+        counts=plan.counts,
         precision=config.precision,
         batch_size=stage.batch_size,
         num_micro=num_micro,
-        parts=step_parts(model, counts, stage.batch_size, **options),
+        parts=plan.step_parts(stage.batch_size, **options),
         launches=count_launches(dataclasses.replace(config, model=model)).of_step(num_micro),
-        dense=total(step_parts(model, [(model.num_tokens, 1.0)], stage.batch_size, **options)),
+        dense=total(whole.step_parts(stage.batch_size, **options)),
         memory=memory_per_rank(config, "plain", 1),
         steps=None if stage.num_images is None else -(-stage.num_images // stage.batch_size),
         max_seconds=stage.max_seconds,

@@ -2,16 +2,21 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskdm_fast.diffusion.masking import Mask
-from maskdm_fast.train.config import MachineConfig, RunConfig
+from maskdm_fast.models import UViT
+from maskdm_fast.train.checkpoint import Checkpoint
+from maskdm_fast.train.config import DenoisingConfig, MachineConfig, RunConfig, ScoreDistillationConfig
+from maskdm_fast.train.distill_config import DistillationConfig
+from maskdm_fast.train.plan import plan_of
 from maskdm_fast.train.stages import Batch, build_stage
+from maskdm_fast.train.weights import Weights
 from maskdm_fast.train.world import World
 
 _OPS = {
@@ -30,6 +35,8 @@ _OP_OF = {operator: op for op, operators in _OPS.items() for operator in operato
 _SILENT = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias", "lift_fresh"}
 _SILENT |= {"promote_types", "_record_function_enter_new", "_record_function_exit"}
 """What allocates, renames or only asks: nothing runs for it on a device."""
+_DRAWN_STEPS = 8
+"""Steps in which the number of a generator's calls is drawn, over which they are averaged."""
 
 
 @dataclass(frozen=True)
@@ -66,32 +73,59 @@ class _Counting(TorchDispatchMode):
 
 
 def count_launches(config: RunConfig) -> Launches:
-    """Launches of a step of the run, eager: what PyTorch dispatches that is no view and allocates nothing.
+    """Launches of a step of the run, eager: what PyTorch dispatches that is no view and allocates nothing. Where steps
+    differ it is their mean, once all losses count.
 
     A CUDA kernel each at least; some operators take two or three. The step runs on the CPU under autocast, where
     Linears take PyTorch's own products as they do on a GPU, and without autocast's casts if the run is in float32.
     """
-    side = _smallest_grid(config.stage.mask, config.model.image_size // config.model.patch_size)
-    model = dataclasses.replace(config.model, dim=2, num_heads=1, image_size=side * config.model.patch_size)
-    narrow = dataclasses.replace(
-        config,
-        model=model,
-        precision="bf16",
-        stage=dataclasses.replace(config.stage, batch_size=2, init_from=None),
-        machine=MachineConfig(device="cpu", activation_checkpointing=config.machine.activation_checkpointing),
-    )
-    stage = build_stage(narrow, World(torch.device("cpu")))
+    casts, config = config.precision != "fp32", _narrow(config)
+    model, world = config.model, World(torch.device("cpu"))
+    teacher = None
+    if isinstance(config.stage, DistillationConfig):
+        there = dataclasses.replace(config, stage=DenoisingConfig())
+        teacher = Weights(there, UViT(model).state_dict(), Checkpoint(Path("teacher"), {}), "ema")
+    stage = build_stage(config, world, None, teacher)
     image = torch.zeros(1, model.image_size, model.image_size, model.channels, dtype=torch.uint8)
     batches = [Batch(image, torch.full((1,), -1), torch.tensor([slot])) for slot in (0, 1)]
+    period = _period(config)
 
-    def found(run: Callable[[], Any]) -> Counter[str]:
-        with _Counting(casts=config.precision != "fp32") as mode:
-            run()
-        return mode.found
+    def found(num: int, first: int) -> Counter[str]:
+        with _Counting(casts) as mode:
+            for step in range(first, first + period):
+                stage.step(batches[:num], step)
+        return Counter({op: count / period for op, count in mode.found.items()})
 
-    stage.step(batches, 0)  # makes the state of the optimizer
-    one, two = (found(lambda n=n: stage.step(batches[:n], 1)) for n in (1, 2))
+    found(2, 0)  # makes the state of the optimizers
+    one, two = found(1, period), found(2, period)
     return Launches(one, two - one)
+
+
+def _narrow(config: RunConfig) -> RunConfig:
+    """A run that launches the same on a tiny network and two images, on the CPU."""
+    stage, machine = config.stage, config.machine
+    if isinstance(stage, DenoisingConfig):
+        side = _smallest_grid(stage.mask, config.model.image_size // config.model.patch_size)
+        model = dataclasses.replace(config.model, image_size=side * config.model.patch_size)
+    else:
+        # One patch. The image keeps its size, on which the levels of a schedule may depend.
+        model = dataclasses.replace(config.model, patch_size=config.model.image_size)
+    changes: dict[str, Any] = {"batch_size": 2, "init_from": None}
+    if isinstance(stage, ScoreDistillationConfig) and stage.method == "sida":
+        changes |= {"freeze_images": 0, "adversarial_from": 0}
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(model, dim=2, num_heads=1),
+        precision="bf16",
+        stage=dataclasses.replace(stage, **changes),
+        machine=MachineConfig(device="cpu", activation_checkpointing=machine.activation_checkpointing),
+    )
+
+
+def _period(config: RunConfig) -> int:
+    """Steps after which all kinds of steps were there, in their shares."""
+    drawn = isinstance(config.stage, ScoreDistillationConfig) and config.stage.trained_steps == "one"
+    return plan_of(config).period * (_DRAWN_STEPS if drawn and config.stage.num_steps > 1 else 1)
 
 
 def _smallest_grid(mask: Mask, side: int) -> int:

@@ -17,9 +17,10 @@ from maskdm_fast.ops import backend
 from maskdm_fast.train import checkpoint as checkpoints
 from maskdm_fast.train.config import NO_DATA, Recipe, RunConfig
 from maskdm_fast.train.config_json import differences
+from maskdm_fast.train.engine_choice import choose_engine
 from maskdm_fast.train.extras import require
 from maskdm_fast.train.feed import Feed
-from maskdm_fast.train.memory import choose_engine, memory_per_rank
+from maskdm_fast.train.memory import memory_per_rank
 from maskdm_fast.train.progress import step_bar
 from maskdm_fast.train.scores import Scorer
 from maskdm_fast.train.signals import StopSignals

@@ -125,6 +125,9 @@ def test_bytes_of_linear(case, passes):
     assert backward.flops == 2 * forward.flops == 4 * math.prod(shape[:3])
     without_x = cost.backward(*shape, bias=case.bias, grad_x=False)
     assert backward.bytes - without_x.bytes == 4 * case.fan_in * (shape[0] + case.fan_out)
+    frozen = cost.backward(*shape, bias=case.bias, grad_weight=False)
+    assert frozen.flops == without_x.flops == forward.flops
+    assert frozen.bytes == 4 * (shape[0] * (case.fan_in + case.fan_out) + case.fan_in * case.fan_out)
 
 
 @pytest.mark.parametrize("case", every_case("gelu"))

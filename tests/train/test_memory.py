@@ -16,17 +16,10 @@ from maskdm_fast.ops import backend
 from maskdm_fast.ops.control_groups import memory_limits
 from maskdm_fast.train import PRESETS
 from maskdm_fast.train.config import DenoisingConfig, MachineConfig, RunConfig
+from maskdm_fast.train.engine_choice import check_engine, choose_engine, room_for_data
 from maskdm_fast.train.estimate import describe
-from maskdm_fast.train.memory import (
-    ENGINES,
-    OVERHEAD,
-    check_engine,
-    choose_engine,
-    memory_per_rank,
-    num_parameters,
-    room_for_data,
-    zero_sizes,
-)
+from maskdm_fast.train.memory import ENGINES, OVERHEAD, memory_per_rank, zero_sizes
+from maskdm_fast.train.plan import num_parameters
 
 CPU = torch.device("cpu")
 HARNESS = Path(__file__).with_name("memory_harness.py")

@@ -7,7 +7,7 @@ entry in `STAGES`. The trainer does not change.
 from dataclasses import replace
 
 from maskdm_fast.train.config import DenoisingConfig, RunConfig, ScoreDistillationConfig
-from maskdm_fast.train.memory import check_engine
+from maskdm_fast.train.engine_choice import check_engine
 from maskdm_fast.train.stages.base import Batch, Stage
 from maskdm_fast.train.stages.denoising import DenoisingStage
 from maskdm_fast.train.stages.score import ScoreDistillationStage

@@ -65,9 +65,7 @@ def engine_of(
         values: of the parameters.
     """
     machine = config.machine
-    for module in model.modules():
-        if isinstance(module, UViT):
-            module.activation_checkpointing = machine.activation_checkpointing
+    _set_checkpointing(config, model)
     blocks = tuple(module for module in model.modules() if isinstance(module, Block))
     settings = EngineSettings(
         config.precision,
@@ -107,11 +105,18 @@ def frozen_teacher(config: RunConfig, teacher: Weights, world: World) -> Denoise
     """
     check_teacher(config, teacher)
     model = meta_network(teacher.config)
+    _set_checkpointing(config, model)  # gradients may go through it
     dtype = DTYPES[config.precision]
     tensors = {name: tensor.to(world.device, dtype) for name, tensor in teacher.tensors.items()}
     model.load_state_dict(tensors, assign=True)
     schedule = config.diffusion.noise_schedule(config.model)
     return Denoiser(model.requires_grad_(False).eval(), schedule, teacher.config.diffusion.prediction)
+
+
+def _set_checkpointing(config: RunConfig, model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, UViT):
+            module.activation_checkpointing = config.machine.activation_checkpointing
 
 
 def preview(

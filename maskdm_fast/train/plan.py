@@ -1,0 +1,301 @@
+"""What a step of a run does with which networks: from it memory, arithmetic and launches are counted.
+
+A stage of a new kind is counted once there is a function for its configuration in `_PLANS`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from maskdm_fast.distill import Critic, CriticHead, GuidedNetwork
+from maskdm_fast.distill.costs import Pass, fake_passes, generator_passes
+from maskdm_fast.models import UViT, UViTConfig
+from maskdm_fast.models.layers import Block
+from maskdm_fast.ops.adamw_ema import cost as adamw_ema
+from maskdm_fast.ops.lamb_ema import cost as lamb_ema
+from maskdm_fast.ops.sid_loss import cost as sid_loss
+from maskdm_fast.ops.work import FLOAT, Work
+from maskdm_fast.train.config import DenoisingConfig, RunConfig, ScoreDistillationConfig
+from maskdm_fast.train.costs import NOTHING, Counts, Part, denoising_parts, pass_parts, visible_counts
+from maskdm_fast.train.regression_config import RegressionConfig, is_told
+
+Wrap = Callable[[UViT], nn.Module]
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Values of each parameter of a network, and of the largest of its blocks."""
+
+    sizes: tuple[int, ...]
+    block: int
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network of a run.
+
+    Attributes:
+        name: what it is in the run.
+        model: its shape.
+        wrap: what stands around it, if anything does.
+        trained: whether it has an engine; else it is frozen.
+        moments: values of its optimizer for each of its own.
+        average: whether there is a moving average of it.
+    """
+
+    name: str
+    model: UViTConfig
+    wrap: Wrap | None = None
+    trained: bool = True
+    moments: int = 2
+    average: bool = True
+
+    @property
+    def shapes(self) -> Shapes:
+        """Of its parameters."""
+        return _shapes(self.model, self.wrap)
+
+    @property
+    def values(self) -> int:
+        """Its parameters."""
+        return sum(self.shapes.sizes)
+
+
+@dataclass(frozen=True)
+class Update:
+    """One optimizer step of one of the networks.
+
+    Attributes:
+        network: which is trained.
+        passes: what is asked of which network, for a micro-batch.
+        loss: whose work besides is counted.
+        share: of the steps in which the update is made.
+    """
+
+    network: str
+    passes: tuple[Pass, ...]
+    loss: Literal["denoising", "sid", "regression"]
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Of a run.
+
+    Attributes:
+        networks: the first is the one that is sampled.
+        updates: in the order of a step.
+        counts: visible patches of an image.
+        period: after so many steps the same updates come again.
+    """
+
+    networks: tuple[Network, ...]
+    updates: tuple[Update, ...]
+    counts: Counts
+    period: int = 1
+
+    @property
+    def trained(self) -> list[Network]:
+        """The networks with an engine."""
+        return [network for network in self.networks if network.trained]
+
+    def network(self, name: str) -> Network:
+        """The network of this name."""
+        return next(network for network in self.networks if network.name == name)
+
+    def evaluations(self, update: Update) -> float:
+        """Of one image in one update, in units of a forward pass."""
+        return sum(asked.evaluations for asked in update.passes)
+
+    def step_parts(
+        self,
+        batch_size: int,
+        *,
+        num_micro: int,
+        item: int,
+        checkpointing: bool,
+        optimizer: Literal["adamw", "lamb"] = "adamw",
+    ) -> list[Part]:
+        """The parts of one optimizer step, of updates that are not made in every step their share.
+
+        Args:
+            batch_size: images.
+            num_micro: micro-batches that they are cut into.
+            item: bytes of an activation: 4, or 2 under bfloat16 autocast.
+            checkpointing: compute the blocks twice.
+            optimizer: which.
+        """
+        found = []
+        for update in self.updates:
+            parts = self._micro_parts(update, batch_size / num_micro, item=item, checkpointing=checkpointing)
+            parts = [dataclasses.replace(part, calls=part.calls * num_micro) for part in parts]
+            network = self.network(update.network)
+            if num_micro > 1:
+                sums = Work(bytes=3 * FLOAT * network.values)
+                parts.append(Part("sums of micro-batches", "rest", num_micro - 1, sums))
+            parts.append(_optimizer_part(network, optimizer))
+            found += [dataclasses.replace(part, calls=part.calls * update.share) for part in parts]
+        return _merged(found)
+
+    def _micro_parts(self, update: Update, images: float, *, item: int, checkpointing: bool) -> list[Part]:
+        """Forward and backward passes of a micro-batch."""
+        found = []
+        for asked in update.passes:
+            network = self.network(asked.network)
+            parts = pass_parts(network.model, self.counts, images, asked, item=item, checkpointing=checkpointing)
+            if item < FLOAT and network.trained:
+                # Every matrix is cast in every call, and its gradient back.
+                cast = Work(bytes=(FLOAT + item) * sum(part.calls * part.matrix for part in parts) / asked.calls)
+                back = cast if asked.gradients in ("weights", "both") else NOTHING
+                parts.append(Part("casts of weights", "casts", asked.calls, cast, back))
+            found += parts
+        return [*found, *_loss_parts(update.loss, self.network(update.network).model, self.counts, images)]
+
+
+def plan_of(config: RunConfig) -> Plan:
+    """The plan of a run; with one class where their number is not known before the data set is read."""
+    return _PLANS[type(config.stage)](config, model_of(config))
+
+
+def model_of(config: RunConfig) -> UViTConfig:
+    """The network of a run; with one class where their number is not known before the data set is read."""
+    model = config.model
+    return dataclasses.replace(model, num_classes=1) if config.class_conditional and not model.num_classes else model
+
+
+def num_parameters(config: RunConfig) -> int:
+    """Parameters of the network that a run is for."""
+    return plan_of(config).networks[0].values
+
+
+def _denoising(config: RunConfig, model: UViTConfig) -> Plan:
+    side = model.image_size // model.patch_size
+    network = _trained("network", config, model)
+    update = Update("network", (Pass("network", "weights"),), "denoising")
+    return Plan((network,), (update,), visible_counts(config.stage, (side, side)))
+
+
+def _score_distillation(config: RunConfig, model: UViTConfig) -> Plan:
+    stage = config.stage
+    method = stage.make()
+    steps = stage.num_steps, stage.trained_steps
+    every = method.fake_updates if stage.fake_updates is None else stage.fake_updates
+    head = stage.method == "dmd2" and method.needs_images
+    return Plan(
+        (
+            _trained("generator", config, model),
+            dataclasses.replace(
+                _trained("fake", config, model, _judged if head else None, stage.fake_betas or stage.betas),
+                average=False,
+            ),
+            Network("teacher", model, trained=False),
+        ),
+        (
+            Update("fake", fake_passes(method, *steps), "regression"),
+            Update("generator", generator_passes(method, *steps), "sid", 1.0 / every),
+        ),
+        [(model.num_tokens, 1.0)],
+        every,
+    )
+
+
+def _regression(config: RunConfig, model: UViTConfig) -> Plan:
+    """Of a teacher that is guided, where the student is told by how much; one that is told itself is asked half as
+    much."""
+    stage = config.stage
+    student = _trained("student", config, model, GuidedNetwork if is_told(stage) else None)
+    passes = [Pass("student", "weights")]
+    if stage.method == "consistency":
+        passes.append(Pass("student", "none"))
+    counts = [(model.num_tokens, 1.0)]
+    if not stage.asks_teacher:
+        return Plan((student,), (Update("student", tuple(passes), "regression"),), counts)
+    calls = 2 if stage.method == "progressive" or stage.solver == "heun" else 1
+    twice = 2 if stage.strengths is not None or stage.guidance != 1.0 else 1
+    passes.append(Pass("teacher", "none", calls * twice, calls))
+    networks = student, Network("teacher", model, trained=False)
+    return Plan(networks, (Update("student", tuple(passes), "regression"),), counts)
+
+
+_PLANS: dict[type, Callable[[RunConfig, UViTConfig], Plan]] = {
+    DenoisingConfig: _denoising,
+    RegressionConfig: _regression,
+    ScoreDistillationConfig: _score_distillation,
+}
+"""Plans by the configuration of the stage."""
+
+
+def _trained(
+    name: str,
+    config: RunConfig,
+    model: UViTConfig,
+    wrap: Wrap | None = None,
+    betas: tuple[float, float] | None = None,
+) -> Network:
+    """A network with the optimizer of the run, or one of other betas."""
+    stage = config.stage
+    # Ours leaves out the first moment where it would be the gradient.
+    first = stage.optimizer == "lamb" or config.machine.optimizer_kernel == "apex"
+    first = first or (betas or stage.betas)[0] != 0.0
+    return Network(name, model, wrap, moments=1 + first)
+
+
+def _judged(network: UViT) -> nn.Module:
+    return Critic(network, CriticHead(network.config.dim))
+
+
+@functools.lru_cache(maxsize=64)
+def _shapes(model: UViTConfig, wrap: Wrap | None) -> Shapes:
+    with torch.device("meta"):
+        network = UViT(model)
+        whole = network if wrap is None else wrap(network)
+    blocks = [module for module in whole.modules() if isinstance(module, Block)]
+    return Shapes(
+        tuple(parameter.numel() for parameter in whole.parameters()),
+        max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks),
+    )
+
+
+def _loss_parts(loss: str, model: UViTConfig, counts: Counts, images: float) -> list[Part]:
+    """What makes the inputs of the networks and what is made of their outputs, of a micro-batch."""
+    if loss == "denoising":
+        return denoising_parts(model, counts, images)
+    values = images * model.num_tokens * model.token_dim
+    # Noise is drawn, scaled and added; what a network says is made an estimate of x0.
+    noise = Part("noise, estimates", "rest", 1, Work(bytes=12 * values * FLOAT), Work(bytes=4 * values * FLOAT))
+    if loss == "regression":
+        return [noise, Part("loss", "rest", 1, Work(bytes=5 * values * FLOAT), Work(bytes=3 * values * FLOAT))]
+    forward = sid_loss.forward(images, values, FLOAT, weighted=False, mean=False, of_xt=False)
+    backward = sid_loss.backward(images, values, FLOAT, mean=False)
+    return [noise, Part("loss, generator", "sid_loss", 1, forward, backward)]
+
+
+def _optimizer_part(network: Network, optimizer: str) -> Part:
+    values = network.values
+    if optimizer == "adamw":
+        update = adamw_ema.step_(values, FLOAT, first_moment=network.moments > 1, average=network.average)
+    else:
+        update = lamb_ema.step_(values, FLOAT)
+    return Part("optimizer, EMA", f"{optimizer}_ema", 1, adamw_ema.global_norm(values, FLOAT) + update)
+
+
+def _merged(parts: list[Part]) -> list[Part]:
+    """Parts of one name as one, whose calls do the mean of their work."""
+    groups: dict[str, list[Part]] = {}
+    for part in parts:
+        groups.setdefault(part.name, []).append(part)
+    merged = []
+    for group in groups.values():
+        calls = sum(part.calls for part in group)
+        forward, backward = (
+            sum((getattr(part, name) * (part.calls / calls) for part in group), NOTHING)
+            for name in ("forward", "backward")
+        )
+        one = dataclasses.replace(group[0], calls=calls, forward=forward, backward=backward)
+        merged.append(group[0] if len(group) == 1 else one)
+    return merged
