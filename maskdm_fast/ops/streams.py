@@ -11,6 +11,14 @@ WARM_UP = 3
 which cannot be recorded."""
 
 
+def mark(device: torch.device) -> Callable[[], None]:
+    """Returns what waits, on the host, until a CUDA device has done all that the stream that is current now was given
+    so far."""
+    reached = torch.cuda.Event(blocking=True)  # a thread that waits leaves its core to others
+    reached.record(torch.cuda.current_stream(device))
+    return reached.synchronize
+
+
 class SideStream:
     """A stream on which a CUDA device works beside the one on which it computes.
 
@@ -43,11 +51,8 @@ class SideStream:
         return take
 
     def mark(self) -> Callable[[], None]:
-        """Returns what waits, on the host, until the device has done all that the stream that is current now was given
-        so far."""
-        reached = torch.cuda.Event(blocking=True)  # a thread that waits leaves its core to others
-        reached.record(torch.cuda.current_stream(self._stream.device))
-        return reached.synchronize
+        """`mark` of this device."""
+        return mark(self._stream.device)
 
 
 class Recorder:

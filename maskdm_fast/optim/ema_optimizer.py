@@ -306,8 +306,8 @@ class EMAOptimizer(torch.optim.Optimizer):
             if slot not in wanted:
                 self.state[param].pop(slot, None)
             elif slot in saved:
-                # torch gives them the dtype of the parameter, which may be shorter.
-                self.state[param][slot] = saved[slot].to(param.device, dtype)
+                # torch gives them the dtype of the parameter, which may be shorter, or the memory of what was saved.
+                self.state[param][slot] = saved[slot].to(param.device, dtype, copy=True)
             elif slot == "exp_avg" and group["betas"][0] == 0:
                 self.state[param][slot] = torch.zeros_like(param, dtype=dtype)  # the next step sets it
             else:

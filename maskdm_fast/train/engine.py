@@ -34,14 +34,19 @@ same constants only the tensors and the weights differ."""
 @dataclass(frozen=True)
 class OptimizerSettings:
     """The optimizer's settings, per optimizer step; the learning rate comes with each step. And which of
-    `OPTIMIZERS`."""
+    `OPTIMIZERS`.
+
+    Without an `ema_decay` no average is kept, and with a beta1 of 0 no first moment: 4 bytes a parameter less each.
+    `max_grad_value` comes before `max_grad_norm`, see `AdamWEMA`.
+    """
 
     betas: tuple[float, float]
     weight_decay: float
     max_grad_norm: float | None
-    ema_decay: float
+    ema_decay: float | None
     name: Literal["adamw", "lamb"] = "adamw"
     kernel: Literal["maskdm_fast", "apex"] = "maskdm_fast"
+    max_grad_value: float | None = None
 
     def make(self, params: Iterable[nn.Parameter], **options: object) -> EMAOptimizer:
         """The optimizer, with these options of its class besides."""
@@ -51,7 +56,7 @@ class OptimizerSettings:
             betas=self.betas,
             weight_decay=self.weight_decay,
             ema_decay=self.ema_decay,
-            **{"max_grad_norm": self.max_grad_norm, **options},
+            **{"max_grad_norm": self.max_grad_norm, "max_grad_value": self.max_grad_value, **options},
         )
 
 
@@ -110,23 +115,42 @@ class Engine(Protocol):
         """Update weights and their moving average, forget the gradient.
 
         Returns:
-            ``grad_norm``, the global norm before clipping; under fp16 also ``loss_scale`` and ``skipped`` (1 where the
-            gradient overflowed and nothing was changed). 0-d, the same in all processes.
+            ``grad_norm``, the global norm after `max_grad_value` and before clipping; under fp16 also ``loss_scale``
+            and ``skipped`` (1 where the gradient overflowed and nothing was changed). 0-d, the same in all processes.
         """
         ...
 
+    def rest(self) -> None:
+        """Move the optimizer's state of a network that is not trained for now to the memory of the CPU: moments and
+        average, 12 bytes a parameter or less; pinned, and without a wait. Weights stay on the device, and so do ZeRO's
+        float32 copies of them. Nothing happens on the CPU and under zero3-offload, whose state is there."""
+        ...
+
+    def wake(self) -> None:
+        """Move it back, ahead of the next `step`, which does so if nobody did."""
+        ...
+
     def averaged(self) -> dict[str, Tensor]:
-        """The moving average of the weights as a complete state dict; all processes must ask."""
+        """The moving average of the weights as a complete state dict; all processes must ask. Of a network that rests
+        it may be on the CPU.
+
+        Raises:
+            RuntimeError: none is kept.
+        """
         ...
 
     def pieces(self) -> Pieces:
         """What this process has of everything needed to continue: groups ``model`` (trained weights, float32), ``ema``
-        (their average), ``optimizer`` and, under fp16, ``loss_scale``. Over all processes the pieces are complete, and
-        none is there twice."""
+        (their average, if one is kept), ``optimizer`` and, under fp16, ``loss_scale``. Over all processes the pieces
+        are complete, and none is there twice."""
         ...
 
     def load(self, reader: Reader) -> None:
-        """Continue from the pieces of any engine and number of processes."""
+        """Continue from the pieces of any engine and number of processes; a network that rests goes on resting.
+
+        Raises:
+            ValueError: a moment or the average that the optimizer needs was not saved.
+        """
         ...
 
     def close(self) -> None:
@@ -151,8 +175,14 @@ def make_engine(
     Raises:
         RuntimeError: something is to be compiled, but no compiler works here; apex is asked for, but not NVIDIA's or
             not installed; DeepSpeed is asked for, but not installed.
-        ValueError: the engine cannot do what is asked for; apex is asked for on another device than CUDA.
+        ValueError: the engine cannot do what is asked for; apex is asked for on another device than CUDA; gradients are
+            to be cut by value under fp16.
     """
+    if settings.precision == "fp16" and optimizer.max_grad_value is not None:
+        raise ValueError(
+            f"max_grad_value is {optimizer.max_grad_value}, which would hide the overflows that the loss scale of fp16 "
+            "follows; leave it out, or take --precision bf16"
+        )
     if name not in ("plain", "ddp"):
         from maskdm_fast.train.zero_engine import ZeroEngine
 
@@ -179,7 +209,8 @@ def made(model: nn.Module, values: Values, dtype: torch.dtype = torch.float32) -
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager:
-    """Context in which matrix products are computed in `precision`."""
+    """Context in which matrix products are computed in `precision`; a network may be called in it without autograd, and
+    then with."""
     return nullcontext() if precision == "fp32" else torch.autocast(device.type, dtype=DTYPES[precision])
 
 

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from maskdm_fast.optim import use_apex_layer_norm
 from maskdm_fast.train.engine import EngineSettings, OptimizerSettings, Work, autocast, compile_in_place
+from maskdm_fast.train.idle import IdleState
 from maskdm_fast.train.loss_scale import LossScale
 from maskdm_fast.train.pieces import Pieces, Reader, share_out
 from maskdm_fast.train.world import World
@@ -44,6 +45,8 @@ class PlainEngine:
         self._loss_scale = LossScale(self.device) if settings.precision == "fp16" else None
         options = {"capturable": True} if self._loss_scale else {}
         self._optimizer = optimizer.make(self._network.parameters(), **options)
+        self._averages = optimizer.ema_decay is not None
+        self._idle = IdleState(self._optimizer, self.device)
 
     def _check(self, world: World) -> None:
         if world.world_size != 1:
@@ -64,6 +67,7 @@ class PlainEngine:
 
     def step(self, lr: float) -> dict[str, Tensor]:
         with self._world.timer.part("optimizer"):
+            self.wake()
             return self._step(lr)
 
     def _step(self, lr: float) -> dict[str, Tensor]:
@@ -85,23 +89,32 @@ class PlainEngine:
     def _forget_gradients(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
 
+    def rest(self) -> None:
+        self._idle.rest()
+
+    def wake(self) -> None:
+        self._idle.wake()
+
     def averaged(self) -> dict[str, Tensor]:
-        return {**self._network.state_dict(), **dict(zip(self._names, self._optimizer.ema_parameters(), strict=True))}
+        emas = map(self._idle.held, self._optimizer.ema_parameters())
+        return {**self._network.state_dict(), **dict(zip(self._names, emas, strict=True))}
 
     def pieces(self) -> Pieces:
+        self._optimizer.make_state()
         weights = self._network.state_dict()
         ranks = share_out({name: tensor.numel() for name, tensor in weights.items()}, self._world.world_size)
         mine = {name for name, rank in ranks.items() if rank == self._world.rank}
         groups: dict[str, dict[str, Tensor]] = {
             "model": {name: tensor for name, tensor in weights.items() if name in mine},
-            "ema": {name: tensor for name, tensor in self.averaged().items() if name in mine},
             "optimizer": {},
         }
+        if self._averages:
+            groups["ema"] = {name: tensor for name, tensor in self.averaged().items() if name in mine}
         for name, param in self._network.named_parameters():
             if name in mine:
                 for slot, value in self._optimizer.state[param].items():
                     # One tensor counts the steps of many parameters; a file wants one each.
-                    held = torch.tensor(int(value)) if slot in _SCALARS else value
+                    held = torch.tensor(int(value)) if slot in _SCALARS else self._idle.held(value)
                     if slot != "ema":
                         groups["optimizer"][f"{slot}.{name}"] = held
         if self._loss_scale is not None and self._world.is_main:
@@ -116,9 +129,12 @@ class PlainEngine:
             slot, name = key.split(".", 1)
             value = reader.tensor("optimizer", key)
             state.setdefault(index_of[name], {})[slot] = int(value) if slot in _SCALARS else value
+        averages = reader.names("ema") if self._averages else ()
         for index, slots in state.items():
-            slots["ema"] = reader.tensor("ema", self._names[index])
-        self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": state})
+            if self._names[index] in averages:
+                slots["ema"] = reader.tensor("ema", self._names[index])
+        with self._idle.awake():
+            self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": state})
         if self._loss_scale is not None and reader.names("loss_scale"):
             names = reader.names("loss_scale")
             self._loss_scale.load_state_dict({name: reader.tensor("loss_scale", name) for name in names})

@@ -13,15 +13,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from maskdm_fast.optim.ema_optimizer import EMAOptimizer, cut_by_value_
 from maskdm_fast.train.engine import DTYPES, EngineSettings, OptimizerSettings, Values, Work, compile_in_place, made
 from maskdm_fast.train.extras import require
+from maskdm_fast.train.idle import IdleState
 from maskdm_fast.train.loss_scale import LossScale
 from maskdm_fast.train.memory import KEPT_VALUES, zero_sizes
 from maskdm_fast.train.pieces import Fragment, Pieces, Reader
 from maskdm_fast.train.world import World
 
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3-offload": 3}
-_SLOTS = ("exp_avg", "exp_avg_sq", "ema")
 
 
 @dataclass(frozen=True)
@@ -93,15 +94,18 @@ class ZeroEngine:
             list(made(model, values))
         compile_in_place(settings.compiled, self.device)
         self._params = dict(model.named_parameters())
-        # DeepSpeed clips: a process sees a part of the gradient only.
-        own = optimizer.make(model.parameters(), max_grad_norm=None, compute_grad_norm=False)
+        # DeepSpeed clips: a process sees a part of the gradient only. And before that, gradients are cut by value here.
+        own = optimizer.make(model.parameters(), max_grad_norm=None, max_grad_value=None, compute_grad_norm=False)
+        self._max_grad_value = optimizer.max_grad_value
         self.model, self._zero, _, _ = deepspeed.initialize(
             model=model, optimizer=own, config=config, dist_init_required=False
         )
         if settings.precision == "fp16":
             # At the smallest scale an overflow means divergence, which the meter tells better.
             self._zero.loss_scaler.raise_error_at_min_scale = False
-        self._optimizer = own
+        self._optimizer, self._averages = own, optimizer.ema_decay is not None
+        self._offloads = name == "zero3-offload"
+        self._idle = IdleState(own, torch.device("cpu") if self._offloads else self.device)
         self._shares = self._find_shares()
         for name, share in self._shares.items():
             # DeepSpeed has made them of weights that were rounded to 16 bits.
@@ -117,8 +121,7 @@ class ZeroEngine:
         """The optimizer's state, moving average included, from the float32 weights before the first step."""
         (group,) = self._optimizer.param_groups
         before, group["params"] = group["params"], list(self._flats())
-        for _ in self._optimizer.ema_parameters():
-            pass
+        self._optimizer.make_state()
         group["params"] = before
 
     def _find_shares(self) -> dict[str, _Share]:
@@ -157,6 +160,9 @@ class ZeroEngine:
 
     def step(self, lr: float) -> dict[str, Tensor]:
         with self._world.timer.part("optimizer"), self._timed_communication():
+            self.wake()
+            if self._max_grad_value is not None:
+                self._cut_gradients(self._max_grad_value)
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
             scale = self._zero.loss_scale
@@ -170,18 +176,39 @@ class ZeroEngine:
                 values["skipped"] = torch.full_like(norm, float(overflow and scale > 1.0))
             return values
 
+    def _cut_gradients(self, limit: float) -> None:
+        """Cut this process's part of the averaged gradients by value; the optimizer would be too late, for DeepSpeed
+        skips the steps whose norm is not finite."""
+        if not self._offloads:
+            parts = self._zero.averaged_gradients.values()
+            cut_by_value_([grad for grads in parts if grads is not None for grad in grads], limit)
+            return
+        cut_by_value_([flat.grad for flat in self._flats()], limit)
+        for name, share in self._shares.items():  # it has taken the norms as the gradients came
+            param_id = self._zero.get_param_id(self._params[name])
+            self._zero.norm_for_param_grads[param_id] = share.of(share.flat.grad).norm()
+
+    def rest(self) -> None:
+        self._idle.rest()
+
+    def wake(self) -> None:
+        self._idle.wake()
+
     def averaged(self) -> dict[str, Tensor]:
+        if not self._averages:
+            raise RuntimeError("ema_decay is None, so there is no average of the weights")
         gather = _import_deepspeed(self.device).utils.safe_get_full_optimizer_state
-        return {name: gather(param, "ema").view(self._shapes[name]) for name, param in self._params.items()}
+        with self._idle.awake():
+            return {name: gather(param, "ema").view(self._shapes[name]) for name, param in self._params.items()}
 
     def pieces(self) -> Pieces:
-        groups: dict[str, dict[str, Any]] = {"model": {}, "ema": {}, "optimizer": {}}
+        groups: dict[str, dict[str, Any]] = {"model": {}, "optimizer": {}, **({"ema": {}} if self._averages else {})}
         for name, share in self._shares.items():
             state, shape = self._optimizer.state[share.flat], self._shapes[name]
             groups["model"][name] = Fragment(share.of(share.flat), share.start, shape)
-            for slot in _SLOTS:
+            for slot in _slots_in(state):
                 group, key = ("ema", name) if slot == "ema" else ("optimizer", f"{slot}.{name}")
-                groups[group][key] = Fragment(share.of(state[slot]), share.start, shape)
+                groups[group][key] = Fragment(share.of(self._idle.held(state[slot])), share.start, shape)
             if share.start == 0:
                 groups["optimizer"][f"step.{name}"] = torch.tensor(int(state["step"]))
         if self._precision == "fp16" and self._world.is_main:
@@ -193,22 +220,29 @@ class ZeroEngine:
         return groups
 
     def load(self, reader: Reader) -> None:
-        steps = reader.names("optimizer")
-        for name, share in self._shares.items():
-            stop = share.start + share.count
-            share.of(share.flat).copy_(reader.fragment("model", name, share.start, stop))
-            if f"step.{name}" not in steps:
-                continue  # saved before the first step
-            state = self._optimizer.state[share.flat]
-            for slot in _SLOTS:
-                group, key = ("ema", name) if slot == "ema" else ("optimizer", f"{slot}.{name}")
-                share.of(state[slot]).copy_(reader.fragment(group, key, share.start, stop))
-            state["step"] = int(reader.tensor("optimizer", f"step.{name}"))
+        with self._idle.awake():
+            self._load_trained(reader)
         self._load_computed(reader)
         if self._precision == "fp16" and reader.names("loss_scale"):
             scaler = self._zero.loss_scaler
             scaler.cur_scale = float(reader.tensor("loss_scale", "scale"))
             scaler.last_overflow_iter = scaler.cur_iter - int(reader.tensor("loss_scale", "streak")) - 1
+
+    def _load_trained(self, reader: Reader) -> None:
+        """The weights that are trained, and the optimizer's state."""
+        saved = {group: reader.names(group) for group in ("optimizer", "ema")}
+        for name, share in self._shares.items():
+            stop = share.start + share.count
+            share.of(share.flat).copy_(reader.fragment("model", name, share.start, stop))
+            if f"step.{name}" not in saved["optimizer"]:
+                continue  # saved before the first step
+            state = self._optimizer.state[share.flat]
+            for slot in _slots_in(state):
+                group, key = ("ema", name) if slot == "ema" else ("optimizer", f"{slot}.{name}")
+                if key not in saved[group]:
+                    raise ValueError(f"what was saved has no {slot} of {name}; it comes from a run with other settings")
+                share.of(state[slot]).copy_(reader.fragment(group, key, share.start, stop))
+            state["step"] = int(reader.tensor("optimizer", f"step.{name}"))
 
     @torch.no_grad()
     def _load_computed(self, reader: Reader) -> None:
@@ -238,7 +272,8 @@ class ZeroEngine:
         tensors += [flat.grad for flat in self._flats() if flat.grad is not None]
         tensors += [param.ds_tensor for param in self._params.values() if self._stage == 3]
         for state in self._optimizer.state.values():
-            tensors += [state[slot] for slot in _SLOTS]
+            tensors += [state[slot] for slot in _slots_in(state)]
+        self._idle.forget()
         for tensor in tensors:
             tensor.untyped_storage().resize_(0)
 
@@ -262,6 +297,10 @@ class ZeroEngine:
             # An entry is what all calls of this operation have taken until then.
             total = max(milliseconds[-1] for _, milliseconds, *_ in sizes.values())
             self._world.timer.add("communication", total / 1e3)
+
+
+def _slots_in(state: dict[str, Any]) -> list[str]:
+    return [slot for slot in EMAOptimizer.SLOTS if slot in state]
 
 
 class _Parameters(nn.Module):

@@ -1,4 +1,4 @@
-"""What processes do together in test_world.py; the functions run in each of them."""
+"""What processes do together in test_world.py and test_optimizers.py; the functions run in each of them."""
 
 import os
 import time
@@ -7,7 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from maskdm_fast.testing import draw
+from maskdm_fast.train.engine import Engine, EngineSettings, OptimizerSettings, make_engine
+from maskdm_fast.train.idle import IdleState
+from maskdm_fast.train.pieces import FileReader, file_name, group_of, write_pieces
 from maskdm_fast.train.world import Vote, make_world
 
 
@@ -77,3 +82,77 @@ def lose(who: int) -> str:
 def meet() -> str:
     """What a process is told whose peers never come."""
     return told(lambda: make_world("cpu"))
+
+
+class _Lines(nn.Module):
+    """35 + 7 + 7 + 21 + 3 parameters, which two processes cannot share evenly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.gain = nn.Linear(5, 7), nn.Linear(7, 3), nn.Parameter(torch.ones(7))
+        with torch.no_grad():
+            for seed, weight in enumerate(self.parameters()):
+                weight.copy_(draw(tuple(weight.shape), torch.float32, "cpu", seed))
+
+    def forward(self, x: torch.Tensor, bad: torch.Tensor) -> torch.Tensor:
+        """The gradient of `gain` has `bad` added to it, and no other gradient knows of it."""
+        return self.second(self.first(x) * self.gain).square().mean() + (self.gain * bad).sum()
+
+
+def train_engine(
+    engine: str,
+    optimizer: dict[str, Any],
+    steps: tuple[int, int],
+    folder: str | None = None,
+    num_micro: int = 1,
+    bad: bool = False,
+    rests: bool = False,
+) -> dict[str, Any]:
+    """Train a small network for a range of steps, after those that are in the folder, and leave what it has there.
+
+    Args:
+        engine, optimizer: names and settings of the engine.
+        bad: gradients of one process have values in them that are not finite, or large.
+        rests: the network rests after every step, as on a GPU.
+    """
+    world = make_world("cpu")
+    settings = OptimizerSettings(**{"betas": (0.9, 0.99), "weight_decay": 0.01, "max_grad_norm": None, **optimizer})
+    trained = make_engine(engine, _Lines(), settings, EngineSettings(num_micro=num_micro), world)
+    if rests:
+        trained._idle = IdleState(trained._optimizer, world.device, moves=True)
+        trained.rest()
+    if folder is not None and steps[0]:
+        files: dict[str, list[Path]] = {}
+        for path in sorted(Path(folder).iterdir()):
+            files.setdefault(group_of(path.name), []).append(path)
+        trained.load(FileReader(files))
+        world.everywhere(lambda: None)  # all have read what the first of them will write over
+    values = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e6, -1e6, 0.0, 0.0])
+    norms = []
+    for step in range(*steps):
+        slots = world.slots(4).tensor_split(num_micro)
+        for number, part in enumerate(slots, start=1):
+            x = draw((4, 5), torch.float32, "cpu", seed=10 + step)[part]
+            is_bad = bad and step % 2 == 0 and number == 1 and world.rank == world.world_size - 1
+            with trained.micro_batch(last=number == num_micro), trained.autocast():
+                loss = trained.model(x, values if is_bad else torch.zeros(7))
+                trained.backward(loss / num_micro)
+        norms.append(float(trained.step(0.05)["grad_norm"]))
+        if rests:
+            trained.rest()
+            assert trained._idle.resting
+    return {"norms": norms, **_what_is_there(trained, world, folder)}
+
+
+def _what_is_there(engine: Engine, world: Any, folder: str | None) -> dict[str, Any]:
+    pieces = engine.pieces()
+    if folder is not None:
+        world.on_main(lambda: [path.unlink() for path in Path(folder).iterdir()])
+        for group, tensors in pieces.items():
+            write_pieces(Path(folder, file_name(group, world.rank, world.world_size)), tensors)
+    slots = {name.split(".")[0] for name in pieces["optimizer"]}
+    try:
+        averaged = {name: value.tolist() for name, value in engine.averaged().items()}
+    except RuntimeError as error:
+        averaged = str(error)
+    return {"groups": sorted(pieces), "slots": sorted(slots), "averaged": averaged}
