@@ -69,16 +69,28 @@ class ResNetValue(nn.Module):
             _ResidualBlock(widths[i], widths[i + 1], halve=i % 2 == 0) for i in range(len(widths) - 1)
         )
         self.head = Linear(2 * width, 1)
-        self.scale = nn.Parameter(torch.ones(()))
-        self.shift = nn.Parameter(torch.zeros(()))
+        self.scale = nn.Parameter(torch.ones(1))  # DeepSpeed takes no tensors without an axis
+        self.shift = nn.Parameter(torch.zeros(1))
         init_uniform(self, seed)
 
+    @property
+    def flops(self) -> float:
+        """Of a forward pass on one image: its matrix products and convolutions."""
+        side = self._shape[1]
+        total = 2.0 * side**2 * self.stem.weight.numel() + 2.0 * self.head.weight.numel()
+        for block in self.blocks:
+            layers = [layer for layer in block.modules() if isinstance(layer, nn.Conv2d)]
+            total += 2.0 * side**2 * sum(layer.weight.numel() for layer in layers)
+            side = side // 2 if block.halve else side
+        return total
+
     def forward(self, x: Tensor, index: Tensor) -> Tensor:
-        h = F.leaky_relu(self.stem(unpatchify(x, *self._shape)), _SLOPE)
+        images = unpatchify(x.to(self.stem.weight.dtype), *self._shape)
+        h = F.leaky_relu(self.stem(images), _SLOPE)
         for block in self.blocks:
             h = block(h)
         features = self._gain * F.relu(h).sum(dim=(2, 3))
-        return self.scale * self.head(features)[:, 0] + self.shift
+        return self.scale * self.head(features).float()[:, 0] + self.shift
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,8 +156,8 @@ class ViTValue(nn.Module):
         )
         self.norm = LayerNorm(dim)
         self.head = Linear(dim, 1)
-        self.scale = nn.Parameter(torch.ones(()))
-        self.shift = nn.Parameter(torch.zeros(()))
+        self.scale = nn.Parameter(torch.ones(1))  # DeepSpeed takes no tensors without an axis
+        self.shift = nn.Parameter(torch.zeros(1))
         self._reset_parameters(seed)
 
     @torch.no_grad()
@@ -159,11 +171,20 @@ class ViTValue(nn.Module):
             layer.weight.zero_()
             layer.bias.zero_()
 
+    @property
+    def flops(self) -> float:
+        """Of a forward pass on one image: its matrix products and convolutions."""
+        config, num_patches = self.config, self.positions.shape[0]
+        convolutions = config.image_size**2 * self.conv1.weight.numel() + num_patches * self.conv2.weight.numel()
+        blocks = config.depth * num_patches * config.dim * (12 * config.dim + 2 * num_patches)
+        return 2.0 * (convolutions + num_patches * config.dim + blocks + config.dim)
+
     def forward(self, x: Tensor, index: Tensor) -> Tensor:
         config = self.config
-        images = unpatchify(x, config.patch_size, config.image_size, config.image_size, config.channels)
+        inputs = x.to(self.conv1.weight.dtype)
+        images = unpatchify(inputs, config.patch_size, config.image_size, config.image_size, config.channels)
         tokens = self.conv2(F.leaky_relu(self.conv1(images), _SLOPE)).flatten(2).transpose(1, 2)  # [B, N, D]
-        loudness = 0.5 * torch.log(x.float().square().mean(dim=2, keepdim=True) + 1e-12).to(x.dtype)
+        loudness = 0.5 * torch.log(x.float().square().mean(dim=2, keepdim=True) + 1e-12).to(inputs.dtype)
         h = tokens + self.amplitude(loudness) + self.positions.to(tokens.dtype)
         if config.num_times:
             # Spread over the range for which the sinusoids are made.

@@ -11,7 +11,7 @@ All numbers are worked out on the host in float64, from noise levels alone, so t
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,10 @@ from torch import Tensor, nn
 from maskdm_fast.diffusion import Denoiser, NoiseSchedule
 from maskdm_fast.diffusion.prediction import x0_coefficients
 from maskdm_fast.diffusion.schedule import even_places, karras_levels
-from maskdm_fast.distill.dxmi_rollout import Policy, Value
+from maskdm_fast.distill.dxmi_rollout import Policy, Value, draw_rollout
+
+Mean = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""Called as ``mean(x, index, labels)``, of the shape of x."""
 
 _LEAST_STD = 1e-3
 """A step that would add no noise gets this much, so that its logarithm exists."""
@@ -203,11 +206,10 @@ class DenoiserMean(nn.Module):
         return torch.addcmul(c_x * x, c_pred, pred)
 
 
-class GaussianPolicy(nn.Module):
-    """``pi(x_{t+1} | x_t) = N(mean(x_t, t), sigma_t^2 I)``, called as ``policy(x, index, labels)``.
+class LogSigmas(nn.Module):
+    """``log sigma_t`` of the steps of a policy, called as ``log_sigmas(index) -> [B]``.
 
     Args:
-        mean: called as ``mean(x, index, labels)``, of the shape of x.
         stds: sigma_0 to sigma_{T-1} before training.
         num_fixed: the sigmas of the last so many steps stay as they are.
 
@@ -219,13 +221,13 @@ class GaussianPolicy(nn.Module):
         ValueError: if a std is not positive or `num_fixed` is out of range.
     """
 
-    def __init__(self, mean: nn.Module, stds: Sequence[float], *, num_fixed: int = 1):
+    def __init__(self, stds: Sequence[float], *, num_fixed: int = 1):
         super().__init__()
+        name = type(self).__name__
         if not stds or not all(std > 0 for std in stds):
-            raise ValueError(f"GaussianPolicy: stds are {list(stds)}, want positive numbers")
+            raise ValueError(f"{name}: stds are {list(stds)}, want positive numbers")
         if not 0 <= num_fixed <= len(stds):
-            raise ValueError(f"GaussianPolicy: num_fixed is {num_fixed}, want 0 to T = {len(stds)}")
-        self.mean = mean
+            raise ValueError(f"{name}: num_fixed is {num_fixed}, want 0 to T = {len(stds)}")
         log_sigma = torch.tensor(stds, dtype=torch.float64).log().to(torch.float32)
         self.log_sigma = nn.Parameter(log_sigma[: len(stds) - num_fixed].clone())
         self.register_buffer("fixed_log_sigma", log_sigma[len(stds) - num_fixed :].clone())
@@ -239,8 +241,33 @@ class GaussianPolicy(nn.Module):
         """Trained and fixed, ``[T]``."""
         return torch.cat((self.log_sigma, self.fixed_log_sigma))
 
+    def forward(self, index: Tensor) -> Tensor:
+        return self.all_log_sigma()[index].float()
+
+
+class GaussianPolicy(LogSigmas):
+    """``pi(x_{t+1} | x_t) = N(mean(x_t, t), sigma_t^2 I)``, called as ``policy(x, index, labels)``.
+
+    Args:
+        mean: called as ``mean(x, index, labels)``, of the shape of x.
+        stds, num_fixed: as of `LogSigmas`, whose attributes and errors it has.
+    """
+
+    def __init__(self, mean: Mean, stds: Sequence[float], *, num_fixed: int = 1):
+        super().__init__(stds, num_fixed=num_fixed)
+        self.mean = mean
+
     def forward(self, x: Tensor, index: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.mean(x, index, labels).to(x.dtype), self.all_log_sigma()[index].float()
+        return join_policy(self.mean, super().forward)(x, index, labels)
+
+
+def join_policy(mean: Mean, log_sigmas: Callable[[Tensor], Tensor]) -> Policy:
+    """The policy of a mean and of `LogSigmas` that are trained, or kept, apart from each other."""
+
+    def policy(x: Tensor, index: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return mean(x, index, labels).to(x.dtype), log_sigmas(index)
+
+    return policy
 
 
 def make_policy(denoiser: Denoiser, schedule: PolicySchedule, *, num_fixed: int = 1) -> GaussianPolicy:
@@ -291,3 +318,26 @@ def generate(
                 (slope,) = torch.autograd.grad(value(at, index + 1).sum(), at)
             x = torch.addcmul(x, sigma, slope, value=-value_guidance)
     return x
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyGenerator:
+    """A policy with its noise, called as a `Generator` is: ``generator(labels, seed=, step=, slots=)`` are x_T.
+
+    Attributes:
+        denoiser: the network of the policy.
+        policy: the sampler.
+        start_std: of x_0.
+        num_steps: T.
+        token_shape: ``(N, P*P*C)`` of an image.
+    """
+
+    denoiser: Denoiser
+    policy: Policy
+    start_std: float
+    num_steps: int
+    token_shape: tuple[int, int]
+
+    def __call__(self, labels: Tensor | None, *, seed: int, step: int | Tensor, slots: Tensor) -> Tensor:
+        start, noise = draw_rollout(self.num_steps, self.token_shape, seed=seed, step=step, slots=slots)
+        return generate(self.policy, self.start_std * start, noise, labels)

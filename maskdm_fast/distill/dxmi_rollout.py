@@ -47,19 +47,31 @@ def draw(config: DxMIConfig, shape: tuple[int, ...], *, seed: int, step: int | T
         slots: int64 ``[B]``, places in the global batch.
     """
     where = {"seed": seed, "step": step, "slots": slots}
-    size, num_steps = math.prod(shape), config.num_steps
-
-    def normal(num: int, stream: Stream) -> Tensor:
-        return random.normal(num * size, stream=stream, **where).unflatten(1, (num, *shape)).transpose(0, 1)
-
+    num_steps = config.num_steps
+    start, noise = draw_rollout(num_steps, shape, **where)
     order = random.bits(num_steps, stream=Stream.TRANSITION_ORDER, **where)
     return Draws(
-        start=normal(1, Stream.GENERATOR_NOISE)[0],
-        rollout=normal(num_steps, Stream.POLICY_NOISE),
+        start=start,
+        rollout=noise,
         times=torch.argsort(order, dim=1, stable=True).transpose(0, 1),
-        update=normal(config.num_policy_updates, Stream.POLICY_UPDATE),
-        resample=normal(num_steps, Stream.POLICY_RESAMPLE) if config.resample else None,
+        update=_normal(config.num_policy_updates, shape, Stream.POLICY_UPDATE, **where),
+        resample=_normal(num_steps, shape, Stream.POLICY_RESAMPLE, **where) if config.resample else None,
     )
+
+
+def draw_rollout(
+    num_steps: int, shape: tuple[int, ...], *, seed: int, step: int | Tensor, slots: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``start`` and ``rollout`` of `Draws`, which are all that sampling takes; arguments as of `draw`."""
+    where = {"seed": seed, "step": step, "slots": slots}
+    start = _normal(1, shape, Stream.GENERATOR_NOISE, **where)[0]
+    return start, _normal(num_steps, shape, Stream.POLICY_NOISE, **where)
+
+
+def _normal(num: int, shape: tuple[int, ...], stream: Stream, *, slots: Tensor, **where: int | Tensor) -> Tensor:
+    """``[num, B, ...]``."""
+    draws = random.normal(num * math.prod(shape), stream=stream, slots=slots, **where)
+    return draws.unflatten(1, (num, *shape)).transpose(0, 1)
 
 
 @dataclasses.dataclass(frozen=True)

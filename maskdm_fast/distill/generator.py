@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +16,20 @@ from maskdm_fast.distill.levels import time_of_level
 from maskdm_fast.random import Stream
 
 TRAINED_STEPS = ("all", "one")
+
+
+class MakesImages(Protocol):
+    """What `generate` asks: called as ``student(labels, seed=, step=, slots=)`` it makes tokens ``[B, N, P*P*C]``.
+
+    Attributes:
+        denoiser: its network.
+        token_shape: ``(N, P*P*C)``.
+    """
+
+    denoiser: Denoiser
+    token_shape: tuple[int, int]
+
+    def __call__(self, labels: Tensor | None, *, seed: int, step: int | Tensor, slots: Tensor) -> Tensor: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +141,7 @@ class Generator:
 
 
 def generate(
-    generator: Generator,
+    generator: MakesImages,
     *,
     num_images: int,
     image_size: int,
@@ -143,7 +158,8 @@ def generate(
     label alone.
 
     Args:
-        generator: the student; the images are made on its device, in eval mode and without autograd.
+        generator: the student, a `Generator` or what is called like one; the images are made on its device, in eval
+            mode and without autograd.
         num_images: how many.
         image_size: side in pixels.
         channels: C.

@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from maskdm_fast import random
+from maskdm_fast import ops, random
 from maskdm_fast.distill.dxmi import DxMINetworks, update_loss
 from maskdm_fast.distill.dxmi_anomaly import (
     FEATURES,
@@ -118,6 +119,33 @@ def test_vit_value_starts_in_the_bounds_and_hears_the_amplitude():
     with torch.no_grad():
         timed.head.weight.copy_(torch.linspace(-1, 1, 32)[None])
     assert (timed(x, index) - timed(x, index + 4)).abs().min() > 1e-3
+
+
+@pytest.mark.parametrize("make", [lambda: ResNetValue(16, 4, width=6), lambda: ViTValue(VIT)])
+def test_flops_of_image_values(make):
+    """Convolutions and matrix products are all that the counter counts."""
+    value, x, index = make(), tokens(2, 16, 48), torch.zeros(2, dtype=torch.int64)
+    ops.register_flop_formulas()
+    with FlopCounterMode(display=False) as counter:
+        value(x, index)
+    assert counter.get_total_flops() == 2 * value.flops
+
+
+@pytest.mark.parametrize("make", [lambda: ResNetValue(16, 4, width=6), lambda: ViTValue(VIT)])
+def test_image_values_in_half_precision(make):
+    """Weights or products of bfloat16 take images of float32, and what comes out was not rounded to bfloat16."""
+    value, x, index = make(), tokens(3, 16, 48), torch.zeros(3, dtype=torch.int64)
+    with torch.no_grad():
+        value.head.weight.fill_(0.01)
+        value.scale.fill_(1.001)
+    want = value(x, index)
+    with torch.autocast("cpu", torch.bfloat16):
+        products = value(x, index)
+    weights = value.to(torch.bfloat16)(x, index)
+    for out in (products, weights):
+        assert out.dtype == torch.float32
+        torch.testing.assert_close(out, want, rtol=0.05, atol=0.01)
+    assert not torch.equal(products, products.bfloat16().float())
 
 
 def test_wrong_shapes():

@@ -8,14 +8,21 @@ import torch
 from maskdm_fast.diffusion import Denoiser, make_schedule
 from maskdm_fast.diffusion.prediction import coefficients
 from maskdm_fast.diffusion.schedule import SCHEDULES
+from maskdm_fast.distill import DxMIConfig
+from maskdm_fast.distill import generate as generate_images
 from maskdm_fast.distill.dxmi_policy import (
+    DenoiserMean,
     GaussianPolicy,
+    LogSigmas,
+    PolicyGenerator,
     ddpm_policy,
     fastdpm_alpha_bars,
     generate,
+    join_policy,
     make_policy,
     ve_policy,
 )
+from maskdm_fast.distill.dxmi_rollout import draw, rollout
 from maskdm_fast.models import UViT, UViTConfig
 
 STD = 0.6
@@ -215,6 +222,26 @@ def test_generation_and_its_guidance():
         generate(policy, start, noise, value_guidance=0.1)
 
 
+def test_a_policy_in_parts_makes_the_images_of_its_rollouts():
+    """Mean and sigmas that are kept apart; images of any batch and slot; what training draws is what is sampled."""
+    config = UViTConfig(image_size=8, patch_size=4, dim=16, depth=2, num_heads=2, num_classes=3)
+    denoiser = Denoiser(UViT(config), make_schedule("linear"))
+    plan = ve_policy(denoiser.schedule, 3, noise_range=(0.1, 2.0))
+    sigmas = LogSigmas([step.std for step in plan.steps])
+    parts = join_policy(DenoiserMean(denoiser, plan), sigmas)
+    shape, labels, slots = (4, 48), torch.tensor([0, 2, 1, 0]), torch.arange(5, 9)
+    draws = draw(DxMIConfig(num_steps=3), shape, seed=2, step=0, slots=slots)
+    start = plan.start_std * draws.start
+    assert start.std() > 1.9
+    want = rollout(make_policy(denoiser, plan), start, draws.rollout, labels).states[-1]
+    generator = PolicyGenerator(denoiser, parts, plan.start_std, 3, shape)
+    assert torch.equal(generator(labels, seed=2, step=0, slots=slots), want)
+    common = {"image_size": 8, "channels": 3, "patch_size": 4, "seed": 2, "batch_size": 3, "as_float": True}
+    images = generate_images(generator, num_images=4, first_slot=5, labels=labels, **common)
+    patches = images.unflatten(1, (2, 4)).unflatten(3, (2, 4)).transpose(2, 3).reshape(4, 4, 48)
+    torch.testing.assert_close(patches, want.detach(), rtol=1e-4, atol=1e-5)
+
+
 def test_wrong_arguments():
     schedule = make_schedule("linear")
     for call in (
@@ -229,6 +256,7 @@ def test_wrong_arguments():
         lambda: GaussianPolicy(Constant(), []),
         lambda: GaussianPolicy(Constant(), [0.0]),
         lambda: GaussianPolicy(Constant(), [0.1], num_fixed=2),
+        lambda: LogSigmas([0.1], num_fixed=-1),
     ):
         with pytest.raises(ValueError, match="want"):
             call()
