@@ -61,7 +61,7 @@ class Meter:
         """Add the values of step number `step`, counted from 1: 0-d tensors, or pairs of them (sum, weight). Steps may
         have different ones, the same in all processes."""
         values = dict(values)
-        skipped, self._loss_scale = values.pop("skipped", None), values.pop("loss_scale", None)
+        skipped, self._loss_scale = values.pop("skipped", None), values.pop("loss_scale", self._loss_scale)
         names = tuple(values)
         if names not in self._rows:
             self._rows[names] = _Rows.empty(len(names), _first(next(iter(values.values()))).device)

@@ -10,7 +10,13 @@ from PIL import Image
 from maskdm_fast.diffusion.masking import PatchMask
 from maskdm_fast.models import UViTConfig
 from maskdm_fast.train import RunConfig
-from maskdm_fast.train.config import DenoisingConfig, MachineConfig, OutputConfig
+from maskdm_fast.train.config import (
+    DenoisingConfig,
+    DiffusionConfig,
+    MachineConfig,
+    OutputConfig,
+    ScoreDistillationConfig,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -64,5 +70,18 @@ def make_config(image_folder, cache_dir) -> Callable[..., RunConfig]:
             ),
         )
         return replace(config, **changes)
+
+    return make
+
+
+@pytest.fixture
+def make_student(make_config) -> Callable[..., RunConfig]:
+    """6 steps of score distillation, as `make_config`; `kind` is another configuration of a distillation."""
+
+    def make(kind: type = ScoreDistillationConfig, **changes) -> RunConfig:
+        stage = {"teacher": "teacher", "num_images": 24, "batch_size": 4, "lr": 1e-3, "ema_half_life_images": 16}
+        stage |= {name: changes.pop(name) for name in kind.__dataclass_fields__.keys() & changes.keys()}
+        diffusion = DiffusionConfig(prediction="v")
+        return make_config(**{"stage": kind(**stage), "diffusion": diffusion, "log_images": 4, **changes})
 
     return make

@@ -127,13 +127,13 @@ class ScoreDistillationStage:
             return self._method.generator_loss(self._in_generator_update, labels, images_seen=images_seen, **draw)
 
         values = self._update(self._fake, self._generator, fake_loss, batches, number, self.fake_lr(step))
+        if "loss_scale" in values:
+            values["fake_loss_scale"] = values.pop("loss_scale")
         if self._trains_generator(step):
             number = self._alternation.generator_number(step)
             found = self._update(self._generator, self._fake, generator_loss, batches, number, self.lr(step))
             if "skipped" in values:
-                values["skipped"] = torch.maximum(values["skipped"], found.pop("skipped"))
-                values["fake_loss_scale"] = values["loss_scale"]
-                values["loss_scale"] = found.pop("loss_scale")
+                found["skipped"] = torch.maximum(values["skipped"], found["skipped"])
             names = {"loss": "generator_loss", "grad_norm": "generator_grad_norm"}
             values |= {names.get(name, name): value for name, value in found.items()}
         return values
