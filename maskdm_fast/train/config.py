@@ -15,10 +15,11 @@ from maskdm_fast.models import CONFIGS, UViTConfig
 from maskdm_fast.random import check_seed
 from maskdm_fast.train.config_json import from_json, to_json
 from maskdm_fast.train.distill_config import DistillationConfig, ScoreDistillationConfig
+from maskdm_fast.train.policy_config import PolicyDistillationConfig
 from maskdm_fast.train.regression_config import RegressionConfig
 from maskdm_fast.train.stage_config import DenoisingConfig, check
 
-AnyStage = DenoisingConfig | ScoreDistillationConfig | RegressionConfig
+AnyStage = DenoisingConfig | ScoreDistillationConfig | RegressionConfig | PolicyDistillationConfig
 """Configurations of stages; in config.json their `kind` tells them apart."""
 
 NO_DATA = "none"

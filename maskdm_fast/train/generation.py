@@ -11,8 +11,15 @@ from torch import Tensor
 from maskdm_fast import distill
 from maskdm_fast.diffusion import Denoiser, sample
 from maskdm_fast.models import UViT
-from maskdm_fast.train.config import DenoisingConfig, RegressionConfig, RunConfig, ScoreDistillationConfig
+from maskdm_fast.train.config import (
+    DenoisingConfig,
+    PolicyDistillationConfig,
+    RegressionConfig,
+    RunConfig,
+    ScoreDistillationConfig,
+)
 from maskdm_fast.train.regression_config import is_told
+from maskdm_fast.train.students import policy_generator, without_sigmas
 
 
 @dataclass(frozen=True)
@@ -164,9 +171,20 @@ def _generate(
     return distill.generate(distill.Generator(make_denoiser(config, tensors, device), shape, levels), **drawn)
 
 
+def _follow_policy(
+    config: RunConfig, tensors: dict[str, Tensor], options: SamplerOptions, device: torch.device, **drawn: Any
+) -> Tensor:
+    options.check_student("policy", config.stage.num_steps)
+    network, sigmas = without_sigmas(tensors)
+    shape = (config.model.num_tokens, config.model.token_dim)
+    policy = policy_generator(config.stage, make_denoiser(config, network, device), sigmas, shape)
+    return distill.generate(policy, **drawn)
+
+
 _DRAW: dict[type, Callable[..., Tensor]] = {
     DenoisingConfig: _denoise,
     ScoreDistillationConfig: _generate,
     RegressionConfig: _regressed,
+    PolicyDistillationConfig: _follow_policy,
 }
 """Samplers by the configuration of the stage."""

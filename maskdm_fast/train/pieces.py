@@ -103,6 +103,37 @@ class Renamed:
         return self._reader.tensor(self._prefix + group, name)
 
 
+class Part:
+    """Implements `Reader` on the tensors of one of several modules that share groups.
+
+    Args:
+        reader: of all tensors.
+        prefix: begins the names of one module's tensors, and no others.
+        rest: read all others, instead of those of the module without the prefix.
+    """
+
+    def __init__(self, reader: Reader, prefix: str, *, rest: bool = False) -> None:
+        self._reader, self._prefix, self._rest = reader, prefix, rest
+
+    def names(self, group: str) -> Collection[str]:
+        prefix, names = self._prefix, self._reader.names(group)
+        if self._rest:
+            return [name for name in names if not name.startswith(prefix)]
+        return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+
+    def shape(self, group: str, name: str) -> tuple[int, ...]:
+        return self._reader.shape(group, self._there(name))
+
+    def fragment(self, group: str, name: str, start: int, stop: int) -> Tensor:
+        return self._reader.fragment(group, self._there(name), start, stop)
+
+    def tensor(self, group: str, name: str) -> Tensor:
+        return self._reader.tensor(group, self._there(name))
+
+    def _there(self, name: str) -> str:
+        return name if self._rest else self._prefix + name
+
+
 def share_out(sizes: Mapping[str, int], world_size: int) -> dict[str, int]:
     """Which process writes which of the tensors that all of them hold: the largest first, each to who has the least.
 

@@ -6,10 +6,18 @@ entry in `STAGES`. The trainer does not change.
 
 from dataclasses import replace
 
-from maskdm_fast.train.config import DenoisingConfig, RunConfig, ScoreDistillationConfig
+from maskdm_fast.train.config import (
+    DenoisingConfig,
+    PolicyDistillationConfig,
+    RegressionConfig,
+    RunConfig,
+    ScoreDistillationConfig,
+)
 from maskdm_fast.train.engine_choice import check_engine
 from maskdm_fast.train.stages.base import Batch, Stage
 from maskdm_fast.train.stages.denoising import DenoisingStage
+from maskdm_fast.train.stages.policy import PolicyDistillationStage
+from maskdm_fast.train.stages.regression import RegressionStage
 from maskdm_fast.train.stages.score import ScoreDistillationStage
 from maskdm_fast.train.weights import Weights
 from maskdm_fast.train.world import World
@@ -17,6 +25,8 @@ from maskdm_fast.train.world import World
 STAGES: dict[type, type[Stage]] = {
     DenoisingConfig: DenoisingStage,
     ScoreDistillationConfig: ScoreDistillationStage,
+    RegressionConfig: RegressionStage,
+    PolicyDistillationConfig: PolicyDistillationStage,
 }
 """Which stage serves which configuration."""
 
@@ -35,4 +45,13 @@ def build_stage(
     return STAGES[type(config.stage)].build(config, world, weights, teacher)
 
 
-__all__ = ["STAGES", "Batch", "DenoisingStage", "ScoreDistillationStage", "Stage", "build_stage"]
+__all__ = [
+    "STAGES",
+    "Batch",
+    "DenoisingStage",
+    "PolicyDistillationStage",
+    "RegressionStage",
+    "ScoreDistillationStage",
+    "Stage",
+    "build_stage",
+]

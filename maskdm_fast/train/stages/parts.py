@@ -53,7 +53,7 @@ def optimizer_settings(config: RunConfig) -> OptimizerSettings:
 
 
 def engine_of(
-    config: RunConfig, world: World, model: nn.Module, optimizer: OptimizerSettings, values: Values
+    config: RunConfig, world: World, model: nn.Module, optimizer: OptimizerSettings, values: Values | None
 ) -> Engine:
     """The engine that the run asks for, around one of its networks.
 
@@ -62,7 +62,7 @@ def engine_of(
         world: the processes.
         model: the network, or what has it inside, on the meta device; it becomes the engine's.
         optimizer: its settings.
-        values: of the parameters.
+        values: of the parameters; None: the network is not on the meta device and has them.
     """
     machine = config.machine
     _set_checkpointing(config, model)
