@@ -43,7 +43,7 @@ def progressive_transitions(schedule: NoiseSchedule, num_steps: int) -> list[Tra
     Raises:
         ValueError: if `num_steps` is out of range.
     """
-    _check_steps(schedule, num_steps)
+    check_steps(schedule, num_steps)
     return ddim_transitions_at(schedule, grid_times(schedule, torch.arange(num_steps, 0, -1), num_steps).tolist())
 
 
@@ -114,7 +114,7 @@ class ProgressiveDistillation(Regression):
         """
         check_schedules(student, teacher)
         check_student(student)
-        _check_steps(teacher.schedule, 2 * self.num_steps)
+        check_steps(teacher.schedule, 2 * self.num_steps)
         draw = {"seed": seed, "step": step, "slots": slots}
         instants = self.instants(teacher.schedule, **draw)
         here = instants[0]
@@ -179,7 +179,8 @@ def check_student(student: Denoiser) -> None:
         )
 
 
-def _check_steps(schedule: NoiseSchedule, num_steps: int) -> None:
+def check_steps(schedule: NoiseSchedule, num_steps: int) -> None:
+    """Raise ValueError unless the schedule has times for so many steps."""
     most = schedule.num_timesteps
     if num_steps < 1 or (most is not None and num_steps > most):
         wanted = "at least 1" if most is None else f"1 to {most}, the time steps of the noise schedule"

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from maskdm_fast.diffusion import Denoiser
-from maskdm_fast.distill import ConsistencyDistillation, progressive_transitions
+from maskdm_fast.distill import ConsistencyDistillation
 from maskdm_fast.distill.networks import drop_labels
-from maskdm_fast.distill.progressive import check_student
+from maskdm_fast.distill.progressive import check_steps, check_student
 from maskdm_fast.train.config import RunConfig
 from maskdm_fast.train.engine import Engine
 from maskdm_fast.train.metrics import Values
@@ -84,7 +84,7 @@ class RegressionStage:
         if stage.method == "progressive":
             schedule = config.diffusion.noise_schedule(config.model)
             check_student(Denoiser(network, schedule, config.diffusion.prediction))
-            progressive_transitions(schedule, 2 * stage.num_steps)  # the teacher's are possible
+            check_steps(schedule, 2 * stage.num_steps)
         values = initial_values(config, teacher if weights is None else weights, world)
         engine = engine_of(config, world, network, optimizer_settings(config), values)
         frozen = frozen_teacher(config, teacher, world) if stage.asks_teacher else None
