@@ -209,9 +209,14 @@ def made(model: nn.Module, values: Values, dtype: torch.dtype = torch.float32) -
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager:
-    """Context in which matrix products are computed in `precision`; a network may be called in it without autograd, and
-    then with."""
-    return nullcontext() if precision == "fp32" else torch.autocast(device.type, dtype=DTYPES[precision])
+    """Context in which matrix products are computed in `precision`.
+
+    A network may be called in it without autograd, and then with. No casts of weights are kept between calls: versions
+    of PyTorch differ in whether one that was made without autograd would take the gradient from the weight.
+    """
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=DTYPES[precision], cache_enabled=False)
 
 
 def compile_in_place(modules: Iterable[nn.Module], device: torch.device) -> None:

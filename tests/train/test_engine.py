@@ -83,12 +83,13 @@ def test_precision_is_that_of_the_matrix_products():
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_call_without_autograd_takes_no_gradient_from_a_later_one(precision):
-    """As a student's target by itself, or a generator's earlier steps. PyTorch keeps casts of weights for the rest of a
-    context; older versions kept those without autograd, too, and then the weights got no gradient."""
+    """As a student's target by itself, or a generator's earlier steps. Versions of PyTorch that keep casts of weights
+    made without autograd give the weights no gradient then; so none are kept, by any version."""
     gradients = []
     for before in (False, True):
         engine, x = make_engine(precision=precision), torch.linspace(-1, 1, 8).view(2, 4)
         with engine.autocast():
+            assert precision == "fp32" or not torch.is_autocast_cache_enabled()
             if before:
                 with torch.no_grad():
                     engine.model(x)
