@@ -6,10 +6,24 @@ from maskdm_fast.train.presets.emoji import emoji32
 _OUTPUT = OutputConfig(log_images=2_000, checkpoint_images=20_000, preview_images=64)
 
 
+_SID = ScoreDistillationConfig(
+    num_images=40_000,
+    batch_size=32,
+    alpha=1.0,
+    lr=5e-5,
+    levels=(0.02, 24.4),
+    fake_lr=2e-4,
+    fake_levels=(0.002, 80.0),
+    fake_level_draw="karras",
+    ema_half_life_images=2_000,
+)
+
+
+def _student(stage: ScoreDistillationConfig) -> RunConfig:
+    teacher = emoji32()
+    return RunConfig(model=teacher.model, diffusion=teacher.diffusion, output=_OUTPUT, stage=stage)
+
+
 def emoji32_distill_sid() -> RunConfig:
     """A generator of one step by Score identity Distillation, from the run emoji32 beside it."""
-    teacher = emoji32()
-    stage = ScoreDistillationConfig(
-        num_images=100_000, batch_size=32, lr=1e-4, fake_lr=1e-4, alpha=1.0, ema_half_life_images=2_000
-    )
-    return RunConfig(model=teacher.model, diffusion=teacher.diffusion, output=_OUTPUT, stage=stage)
+    return _student(_SID)
