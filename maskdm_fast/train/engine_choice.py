@@ -5,6 +5,7 @@ import dataclasses
 from maskdm_fast.ops import backend
 from maskdm_fast.train.config import MachineConfig, RunConfig
 from maskdm_fast.train.memory import ENGINES, Memory, Place, gigabytes, memory_per_rank
+from maskdm_fast.train.plan import plan_of
 
 FITTING_SHARE = 0.9
 """Share of a memory that may be planned for; the rest is for what the estimate leaves out, and for fragmentation."""
@@ -155,6 +156,9 @@ def _mend(config: RunConfig, world_size: int, device_memory: float, host_memory:
             mends.append(f"--activation-checkpointing ({engine})")
         elif not mends and (found := smaller(light)):
             mends.append("--activation-checkpointing with --micro-batch-size {} ({})".format(*found))
+    if not machine.offload_idle and len(plan_of(config).trained) > 1 and place == "cuda":
+        if engine := engine_for(dataclasses.replace(machine, offload_idle=True), world_size):
+            mends.append(f"--offload-idle ({engine})")
     processes = 2 * world_size
     while config.stage.batch_size % processes == 0:
         if engine := engine_for(machine, processes):

@@ -32,7 +32,7 @@ _COLUMNS = {
     "moments": ("moments",),
     "average": ("average",),
     "gradients": ("gradients", "flat gradients", "float32 gradients"),
-    "activations": ("activations", "workspace"),
+    "activations": ("activations", "workspace", "trajectories"),
     "buckets": ("buckets",),
     "overhead": ("overhead",),
 }

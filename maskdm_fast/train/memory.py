@@ -25,7 +25,7 @@ takes the most. Only the network that is trained in it has gradients, but the bu
 those of all calls through which gradients go, each with 16-bit copies of its own of weights that are float32: a network
 that only hands gradients on keeps what attention, norms and GELU need, but not the inputs of its linear layers. With
 `MachineConfig.offload_idle` moments and averages are in the memory of the CPU, but for those of the network whose step
-it is.
+it is. What a policy has made is kept for all images of the process until the end of the step.
 
 Source: deepspeed 0.19.8, runtime/zero/stage_1_and_2.py, stage3.py and partition_parameters.py; the tests hold the bytes
 equal to those of the tensors of its engines. Rajbhandari et al., "ZeRO", SC 2020, has the same without buffers.
@@ -41,8 +41,8 @@ import torch
 
 from maskdm_fast.ops.work import FLOAT
 from maskdm_fast.train.config import RunConfig
-from maskdm_fast.train.costs import saved_by
-from maskdm_fast.train.plan import Network, Plan, Update, plan_of
+from maskdm_fast.train.networks import Network
+from maskdm_fast.train.plan import Plan, Update, model_of, plan_of
 from maskdm_fast.train.world import World
 
 ENGINES = ("plain", "ddp", "zero1", "zero2", "zero3", "zero3-offload")
@@ -143,7 +143,9 @@ def memory_per_rank(config: RunConfig, engine: str, world_size: int, *, place: P
     machine, plan, item = config.machine, plan_of(config), item_size(config)
     batches = World(torch.device("cpu"), 0, world_size).micro_batches(config.stage.batch_size, machine.micro_batch_size)
     parts = {
-        network.name: _part(network, engine, world_size, item=item, accumulates=len(batches) > 1, place=place)
+        network.name: _part(
+            network, engine, world_size, item=network.item(item), accumulates=len(batches) > 1, place=place
+        )
         for network in plan.trained
     }
     steady: Counter[str] = Counter(overhead=OVERHEAD[place])
@@ -162,7 +164,8 @@ def memory_per_rank(config: RunConfig, engine: str, world_size: int, *, place: P
         besides.update(part.passes)
         for asked in update.passes:
             network = plan.network(asked.network)
-            if engine in ("plain", "ddp") and item < FLOAT and network.trained and asked.gradients != "none":
+            cast = engine in ("plain", "ddp") and network.trained and network.item(item) < FLOAT
+            if cast and asked.gradients != "none":
                 besides["16-bit weights"] += item * asked.calls * network.values
         if engine.startswith("zero3"):
             others = {asked.network for asked in update.passes} & parts.keys() - {update.network}
@@ -170,9 +173,13 @@ def memory_per_rank(config: RunConfig, engine: str, world_size: int, *, place: P
         passes.append(besides)
         updates.append(Counter(part.update))
     if machine.offload_idle and place == "cuda" and len(parts) > 1:
-        for update, taken in zip(plan.updates, updates, strict=True):
-            taken.update({name: parts[update.network].steady.get(name, 0.0) for name in STATE})
+        for update, *taken in zip(plan.updates, updates, *([passes] if plan.early else []), strict=True):
+            for phase in taken:
+                phase.update({name: parts[update.network].steady.get(name, 0.0) for name in STATE})
         host.update({name: steady.pop(name) for name in STATE if name in steady})
+    if plan.trajectory:
+        values = plan.trajectory * model_of(config).num_tokens * model_of(config).token_dim
+        steady["trajectories"] = FLOAT * values * sum(map(len, batches))
     return Memory(dict(steady), dict(max(passes, key=Counter.total)), dict(max(updates, key=Counter.total)), dict(host))
 
 
@@ -224,8 +231,8 @@ def _activations(config: RunConfig, plan: Plan, update: Update, micro_batch: int
     for count in counts:
         kept = 0.0
         for asked in update.passes:
-            model = plan.network(asked.network).model
-            found = saved_by(model, count, asked, item=item, checkpointing=checkpointing)
+            network = plan.network(asked.network)
+            found = network.saved(count, micro_batch, asked, item=item, checkpointing=checkpointing)
             kept += found.kept
             # The backward pass goes through the last of them first, and gives back what it kept.
             totals.append(kept + found.again)
@@ -237,7 +244,7 @@ def _activations(config: RunConfig, plan: Plan, update: Update, micro_batch: int
         widest = max(widest, images * (max(counts) + model.num_extras) * width * item)
     model = plan.network(update.network).model
     loss = LOSS_VALUES[update.loss] * max(counts) * model.token_dim * FLOAT
-    return {"activations": micro_batch * (max(totals) + loss), "workspace": micro_batch * widest}
+    return {"activations": max(totals) + micro_batch * loss, "workspace": micro_batch * widest}
 
 
 def gigabytes(size: float) -> str:

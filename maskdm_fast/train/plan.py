@@ -4,66 +4,24 @@ A stage of a new kind is counted once there is a function for its configuration 
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import nn
 
 from maskdm_fast.distill import Critic, CriticHead, GuidedNetwork
 from maskdm_fast.distill.costs import Pass, fake_passes, generator_passes
 from maskdm_fast.models import UViT, UViTConfig
-from maskdm_fast.models.layers import Block
 from maskdm_fast.ops.adamw_ema import cost as adamw_ema
 from maskdm_fast.ops.lamb_ema import cost as lamb_ema
 from maskdm_fast.ops.sid_loss import cost as sid_loss
 from maskdm_fast.ops.work import FLOAT, Work
 from maskdm_fast.train.config import DenoisingConfig, RunConfig, ScoreDistillationConfig
-from maskdm_fast.train.costs import NOTHING, Counts, Part, denoising_parts, pass_parts, visible_counts
+from maskdm_fast.train.costs import NOTHING, Counts, Part, denoising_parts, visible_counts
+from maskdm_fast.train.networks import Network, Wrap
+from maskdm_fast.train.policy_config import PolicyDistillationConfig
 from maskdm_fast.train.regression_config import RegressionConfig, is_told
-
-Wrap = Callable[[UViT], nn.Module]
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """Values of each parameter of a network, and of the largest of its blocks."""
-
-    sizes: tuple[int, ...]
-    block: int
-
-
-@dataclass(frozen=True)
-class Network:
-    """A network of a run.
-
-    Attributes:
-        name: what it is in the run.
-        model: its shape.
-        wrap: what stands around it, if anything does.
-        trained: whether it has an engine; else it is frozen.
-        moments: values of its optimizer for each of its own.
-        average: whether there is a moving average of it.
-    """
-
-    name: str
-    model: UViTConfig
-    wrap: Wrap | None = None
-    trained: bool = True
-    moments: int = 2
-    average: bool = True
-
-    @property
-    def shapes(self) -> Shapes:
-        """Of its parameters."""
-        return _shapes(self.model, self.wrap)
-
-    @property
-    def values(self) -> int:
-        """Its parameters."""
-        return sum(self.shapes.sizes)
 
 
 @dataclass(frozen=True)
@@ -74,7 +32,7 @@ class Update:
         network: which is trained.
         passes: what is asked of which network, for a micro-batch.
         loss: whose work besides is counted.
-        share: of the steps in which the update is made.
+        share: how often it is made in a step, on average.
     """
 
     network: str
@@ -92,12 +50,16 @@ class Plan:
         updates: in the order of a step.
         counts: visible patches of an image.
         period: after so many steps the same updates come again.
+        trajectory: float32 values that are kept through a step, of all images of a process, for each value of an image.
+        early: whether a network's optimizer is awake through its updates, rather than in its steps alone.
     """
 
     networks: tuple[Network, ...]
     updates: tuple[Update, ...]
     counts: Counts
     period: int = 1
+    trajectory: int = 0
+    early: bool = False
 
     @property
     def trained(self) -> list[Network]:
@@ -147,8 +109,8 @@ class Plan:
         found = []
         for asked in update.passes:
             network = self.network(asked.network)
-            parts = pass_parts(network.model, self.counts, images, asked, item=item, checkpointing=checkpointing)
-            if item < FLOAT and network.trained:
+            parts = network.parts(self.counts, images, asked, item=item, checkpointing=checkpointing)
+            if item < FLOAT and network.trained and network.value_of is None:
                 # Every matrix is cast in every call, and its gradient back.
                 cast = Work(bytes=(FLOAT + item) * sum(part.calls * part.matrix for part in parts) / asked.calls)
                 back = cast if asked.gradients in ("weights", "both") else NOTHING
@@ -222,8 +184,36 @@ def _regression(config: RunConfig, model: UViTConfig) -> Plan:
     return Plan(networks, (Update("student", tuple(passes), "regression"),), counts)
 
 
+def _policy_distillation(config: RunConfig, model: UViTConfig) -> Plan:
+    stage = config.stage
+    method = stage.method()
+    steps, updates = method.num_steps, method.num_policy_updates
+    value = dataclasses.replace(_trained("value", config, model), average=False, value_of=stage)
+    # Of the images of the data set and of the policy, which has made them before the updates.
+    rollout = Pass("policy", "none", steps, steps)
+    anew = [Pass("policy", "none")] if method.resample else []
+    passes = {
+        "energy": (rollout, Pass("value", "weights", 2.0)),
+        "value": (*anew, Pass("value", "none"), Pass("value", "weights")),
+        "policy": (Pass("policy", "weights"), Pass("value", "inputs")),
+    }
+    return Plan(
+        (_trained("policy", config, model), value),
+        (
+            Update("value", passes["energy"], "regression"),
+            Update("value", passes["value"], "regression", steps),
+            Update("policy", passes["policy"], "regression", updates),
+        ),
+        [(model.num_tokens, 1.0)],
+        # Images of the data set; states; noise of the start, of every step and of every update.
+        trajectory=1 + (steps + 1) + 1 + steps * (2 if method.resample else 1) + updates,
+        early=True,
+    )
+
+
 _PLANS: dict[type, Callable[[RunConfig, UViTConfig], Plan]] = {
     DenoisingConfig: _denoising,
+    PolicyDistillationConfig: _policy_distillation,
     RegressionConfig: _regression,
     ScoreDistillationConfig: _score_distillation,
 }
@@ -247,18 +237,6 @@ def _trained(
 
 def _judged(network: UViT) -> nn.Module:
     return Critic(network, CriticHead(network.config.dim))
-
-
-@functools.lru_cache(maxsize=64)
-def _shapes(model: UViTConfig, wrap: Wrap | None) -> Shapes:
-    with torch.device("meta"):
-        network = UViT(model)
-        whole = network if wrap is None else wrap(network)
-    blocks = [module for module in whole.modules() if isinstance(module, Block)]
-    return Shapes(
-        tuple(parameter.numel() for parameter in whole.parameters()),
-        max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks),
-    )
 
 
 def _loss_parts(loss: str, model: UViTConfig, counts: Counts, images: float) -> list[Part]:

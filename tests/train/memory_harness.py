@@ -1,6 +1,7 @@
 """What engines really take, in processes of their own: `held` sees every tensor of its process.
 
     python memory_harness.py plain CONFIG     what `plain_step` says of a configuration in JSON, as one line of it
+    python memory_harness.py stage CONFIG...  what `stage_step` says, likewise, a line of each
     torchrun memory_harness.py CASE...        what the engines of several processes take, as one line by rank 0
 
 A case is ENGINE:PRECISION. Of every engine, in bytes of the CPU's allocator: ``steady``, what is held between steps;
@@ -25,8 +26,12 @@ from maskdm_fast.diffusion import MaskedObjective, make_schedule
 from maskdm_fast.diffusion.masking import NoMask
 from maskdm_fast.models import CONFIGS, UViT
 from maskdm_fast.train import memory, zero_engine
+from maskdm_fast.train.checkpoint import Checkpoint
 from maskdm_fast.train.config import DenoisingConfig, MachineConfig, RunConfig
 from maskdm_fast.train.engine import DTYPES, EngineSettings, OptimizerSettings, make_engine
+from maskdm_fast.train.plan import plan_of
+from maskdm_fast.train.stages import Batch, build_stage
+from maskdm_fast.train.weights import Weights
 from maskdm_fast.train.world import World, disconnect, make_world
 
 MODEL = replace(CONFIGS["emoji32"], dim=192, num_heads=3)
@@ -80,6 +85,26 @@ def plain_step(config: RunConfig) -> tuple[int, int, int]:
     return steady, peak(passes), peak(lambda: engine.step(1e-4))
 
 
+def stage_step(config: RunConfig) -> tuple[int, int]:
+    """Bytes between the steps of a distillation, and at most besides in a step."""
+    before = held()
+    teacher = Weights(
+        replace(config, stage=DenoisingConfig()), UViT(config.model).state_dict(), Checkpoint(Path(), {}), "ema"
+    )
+    stage = build_stage(config, World(torch.device("cpu")), None, teacher)
+    del teacher
+    size, batch_size, side = config.machine.micro_batch_size, config.stage.batch_size, config.model.image_size
+    batches = [
+        Batch(torch.zeros(size, side, side, 3, dtype=torch.uint8), torch.full((size,), -1), torch.arange(size) + first)
+        for first in range(0, batch_size, size)
+    ]
+    period = plan_of(config).period
+    for step in range(period):
+        stage.step(batches, step)
+    steady = held() - before - sum(batch.images.nbytes for batch in batches)
+    return steady, max(peak(lambda step=step: stage.step(batches, step)) for step in range(period))
+
+
 def measure(name: str, precision: str, world: World) -> dict[str, float]:
     with torch.device("meta"):
         model, shapes = UViT(MODEL), UViT(MODEL)
@@ -130,8 +155,10 @@ def measure(name: str, precision: str, world: World) -> dict[str, float]:
 
 
 def main() -> None:
-    if sys.argv[1] == "plain":
-        print(json.dumps(plain_step(RunConfig.from_dict(json.loads(sys.argv[2])))))
+    if sys.argv[1] in ("plain", "stage"):
+        work = plain_step if sys.argv[1] == "plain" else stage_step
+        for config in sys.argv[2:]:
+            print(json.dumps(work(RunConfig.from_dict(json.loads(config)))))
         return
     world = make_world("cpu")
     found = {case: measure(*case.split(":"), world) for case in sys.argv[1:]}
