@@ -53,6 +53,7 @@ class Meter:
         self._rows: dict[tuple[str, ...], _Rows] = {}
         self._skips: Tensor | None = None
         self._loss_scale: Tensor | None = None
+        self._had: set[str] = set()
         self._saved: dict[str, list[float]] = {}
         self._saved_skips = 0.0
         self._skipped_before = 0
@@ -63,6 +64,7 @@ class Meter:
         values = dict(values)
         skipped, self._loss_scale = values.pop("skipped", None), values.pop("loss_scale", self._loss_scale)
         names = tuple(values)
+        self._had |= {name for name, value in values.items() if not isinstance(value, tuple)}
         if names not in self._rows:
             self._rows[names] = _Rows.empty(len(names), _first(next(iter(values.values()))).device)
         if skipped is not None:
@@ -82,10 +84,11 @@ class Meter:
             raise TrainingDivergedError(name, step)
 
     def means(self) -> dict[str, float]:
-        """Means since the last call, and start again, of what had a weight at all; under a loss scale also
-        ``skipped_steps`` since the run began."""
+        """Means since the last call, and start again, of what had a weight at all; NaN where all steps were skipped.
+        Under a loss scale also ``skipped_steps`` since the run began."""
         totals, skips = self._totals()
-        means = {name: total / weight for name, (total, weight) in totals.items() if weight}
+        counted = {name: pair for name, pair in totals.items() if pair[1] or name in self._had}
+        means = {name: total / weight if weight else math.nan for name, (total, weight) in counted.items()}
         if skips is not None:
             self._skipped_before += int(skips)
             means["skipped_steps"] = self._skipped_before
@@ -93,13 +96,15 @@ class Meter:
         if self._loss_scale is not None:
             means["loss_scale"] = float(self._loss_scale)
         self._rows = {names: rows.emptied() for names, rows in self._rows.items()}
-        self._saved, self._saved_skips = {}, 0.0
+        self._had, self._saved, self._saved_skips = set(), {}, 0.0
         return means
 
     def state_dict(self) -> dict[str, Any]:
         """The unfinished sums, so that a resumed run logs the same means as one that was never stopped."""
         totals, skips = self._totals()
-        return {"sums": totals, "skips": skips or 0.0, "skipped_steps": self._skipped_before}
+        counts = {"skips": skips or 0.0, "skipped_steps": self._skipped_before}
+        scale = None if self._loss_scale is None else float(self._loss_scale)
+        return {"sums": totals, "had": sorted(self._had), "loss_scale": scale, **counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned; before the first `update`."""
@@ -109,7 +114,9 @@ class Meter:
             state = {**state, "skips": sums.get("skipped", 0.0)}
             sums = {name: [total, weight] for name, total in sums.items() if name != "skipped"}
         self._saved, self._saved_skips = {name: list(pair) for name, pair in sums.items()}, state["skips"]
-        self._skipped_before = state.get("skipped_steps", 0)
+        self._had, self._skipped_before = set(state.get("had", sums)), state.get("skipped_steps", 0)
+        if state.get("loss_scale") is not None:
+            self._loss_scale = torch.tensor(state["loss_scale"])
 
     def _totals(self) -> tuple[dict[str, list[float]], float | None]:
         """[sum, weight] by name, and the skipped steps, None without a loss scale; all of them means over processes."""

@@ -1,9 +1,12 @@
 """The teacher of a distillation: found, taken over into the run folder, and what the student takes from it."""
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
+from maskdm_fast.train import checkpoint as checkpoints
+from maskdm_fast.train.checkpoint import CheckpointError
 from maskdm_fast.train.config import RunConfig
 from maskdm_fast.train.distill_config import DistillationConfig
 from maskdm_fast.train.weights import Weights, load_trained, load_weights, save_weights
@@ -11,6 +14,8 @@ from maskdm_fast.train.world import World
 
 TEACHER_NAME = "teacher.safetensors"
 """In the run folder: the weights as they were when the run began, whatever becomes of the run that they came from."""
+CHECK_NAME = "teacher.json"
+"""Size and SHA-256 of that file, written when it is complete."""
 
 
 def find_teacher(config: RunConfig, folder: Path, world: World) -> Weights | None:
@@ -26,9 +31,9 @@ def find_teacher(config: RunConfig, folder: Path, world: World) -> Weights | Non
         return None
 
     def read() -> Weights:
-        kept = folder / TEACHER_NAME
-        if kept.exists():
-            return load_weights(kept, stage.teacher_weights)
+        if (folder / CHECK_NAME).exists():
+            _check_copy(folder, stage.teacher)
+            return load_weights(folder / TEACHER_NAME, stage.teacher_weights)
         option = f"--teacher {stage.teacher}"
         return load_trained(stage.teacher, folder, stage.teacher_weights, config, option)
 
@@ -47,8 +52,22 @@ def check_kind(config: RunConfig, teacher: Weights) -> None:
 
 def keep_teacher(teacher: Weights, folder: Path) -> None:
     """Write the copy of the teacher, if it is not there; the main process does."""
-    if not (folder / TEACHER_NAME).exists():
+    if not (folder / CHECK_NAME).exists():
         save_weights(teacher, folder / TEACHER_NAME)
+        checkpoints.write_json_atomic(folder / CHECK_NAME, checkpoints.fingerprint(folder / TEACHER_NAME))
+
+
+def _check_copy(folder: Path, name: str) -> None:
+    kept, check = folder / TEACHER_NAME, folder / CHECK_NAME
+    try:
+        good = checkpoints.fingerprint(kept) == json.loads(check.read_text("utf-8"))
+    except (FileNotFoundError, ValueError):
+        good = False
+    if not good:
+        raise CheckpointError(
+            f"{kept}, the copy of the teacher, is not what was written. Restore it; or remove {check} to go on with "
+            f"{name} as it is now"
+        )
 
 
 def fit_to_teacher(config: RunConfig, teacher: Weights, world: World) -> RunConfig:

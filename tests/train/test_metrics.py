@@ -1,4 +1,5 @@
 import json
+import math
 import time
 
 import pytest
@@ -74,6 +75,83 @@ def test_meter_means_and_state():
     assert means == resumed.means() == {"loss": pytest.approx(9.1 / 4)}
     meter.update({"loss": torch.tensor(5.0)}, 5)
     assert meter.means() == {"loss": 5.0}
+
+
+def filled(rows: list[dict], first: int = 1) -> Meter:
+    meter = Meter(World(torch.device("cpu")))
+    fill(meter, rows, first)
+    return meter
+
+
+def fill(meter: Meter, rows: list[dict], first: int = 1) -> None:
+    """Tell a meter values, and pairs of sums and weights."""
+    for step, row in enumerate(rows, start=first):
+        meter.update(
+            {
+                name: tuple(map(torch.tensor, value)) if isinstance(value, tuple) else torch.tensor(value)
+                for name, value in row.items()
+            },
+            step,
+        )
+
+
+ROWS = [
+    {"loss": 1.0},
+    {"loss": 3.0, "other": 10.0, "part": (6.0, 2.0), "none": (0.0, 0.0)},
+    {"loss": 8.0},
+    {"loss": 4.0, "other": 30.0, "part": (1.0, 5.0), "none": (0.0, 0.0)},
+]
+
+
+def test_means_are_of_the_steps_that_had_a_value_and_of_pairs_by_their_weights():
+    meter = filled(ROWS)
+    meter.check()
+    assert meter.means() == {"loss": 4.0, "other": 20.0, "part": 1.0}
+    assert meter.means() == {}
+    fill(meter, ROWS[:1], 5)
+    assert meter.means() == {"loss": 1.0}
+
+
+@pytest.mark.parametrize("stop", range(5))
+def test_a_meter_goes_on_with_steps_of_different_values(stop):
+    resumed = Meter(World(torch.device("cpu")))
+    resumed.load_state_dict(json.loads(json.dumps(filled(ROWS[:stop]).state_dict())))
+    fill(resumed, ROWS[stop:], stop + 1)
+    assert resumed.means() == filled(ROWS).means()
+
+
+NAN = float("nan")
+SKIPPED = [
+    {"skipped": 1.0, "loss": NAN, "other": NAN, "part": (NAN, 1.0), "loss_scale": 8.0},
+    {"skipped": 1.0, "loss": NAN},
+]
+
+
+def test_skipped_steps_count_in_no_mean():
+    meter = filled([{"skipped": 0.0, **row} for row in ROWS[:2]] + SKIPPED)
+    meter.check()
+    assert meter.means() == {"loss": 2.0, "other": 10.0, "part": 3.0, "skipped_steps": 2, "loss_scale": 8.0}
+
+
+@pytest.mark.parametrize("stop", range(2))
+def test_where_all_steps_were_skipped_there_is_no_mean_to_tell(stop):
+    """The loss scale is told as it was last, though steps without a generator's update do not have it."""
+    resumed = Meter(World(torch.device("cpu")))
+    resumed.load_state_dict(json.loads(json.dumps(filled(SKIPPED[:stop]).state_dict())))
+    fill(resumed, SKIPPED[stop:], stop + 1)
+    for meter in (filled(SKIPPED), resumed):
+        meter.check()
+        means = meter.means()
+        assert means.pop("loss_scale") == 8.0 and means.pop("skipped_steps") == 2
+        assert means.keys() == {"loss", "other"} and all(map(math.isnan, means.values()))
+
+
+def test_divergence_is_that_of_the_first_step_whatever_values_it_had():
+    rows = [{"loss": 1.0}, {"loss": 1.0, "other": NAN}, {"loss": NAN}]
+    with pytest.raises(TrainingDivergedError, match="other became NaN or infinite at step 2"):
+        filled(rows).check()
+    with pytest.raises(TrainingDivergedError, match="part became NaN or infinite at step 1"):
+        filled([{"loss": 1.0, "part": (NAN, 1.0)}]).check()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

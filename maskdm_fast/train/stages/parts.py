@@ -86,6 +86,9 @@ def check_teacher(config: RunConfig, teacher: Weights) -> None:
             f"{name} {old} -> {new}" for name, (old, new) in changed_fields(there.model, here.model).items()
         )
         raise ValueError(f"the student has another network than its teacher {teacher.checkpoint.path}: {words}")
+    if None not in (there.latents, here.latents) and there.latents != here.latents:
+        path = teacher.checkpoint.path
+        raise ValueError(f"the teacher {path} knows {there.latents}, but the data set has {here.latents}")
     wanted = {
         "schedule": there.diffusion.schedule,
         "prediction": here.stage.student_prediction(there.diffusion.prediction),

@@ -21,6 +21,7 @@ from maskdm_fast.train.pieces import Pieces, Reader, Renamed
 from maskdm_fast.train.stages.base import PREVIEW_STEPS, Batch
 from maskdm_fast.train.stages.parts import (
     LEVEL_NAMES,
+    check_teacher,
     distance_by_level,
     engine_of,
     evaluation_flops,
@@ -97,6 +98,7 @@ class ScoreDistillationStage:
             raise ValueError("cuda_graph records denoising only, not distillation; leave out --cuda-graph")
         if teacher is None:
             raise ValueError("a distillation needs a teacher")
+        check_teacher(config, teacher)
         stage = config.stage
         max_grad_value = None if config.precision == "fp16" else stage.max_grad_value
         settings = dataclasses.replace(optimizer_settings(config), max_grad_value=max_grad_value)

@@ -1,0 +1,192 @@
+"""The teacher of a run: where it is looked for, the copy that stays, and what its student takes from it."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+from maskdm_fast.diffusion.masking import NoMask
+from maskdm_fast.models import UViT
+from maskdm_fast.train import CheckpointError, checkpoint, export, load_weights, train
+from maskdm_fast.train.config import DiffusionConfig
+from maskdm_fast.train.stages.parts import check_teacher
+from maskdm_fast.train.teachers import CHECK_NAME, TEACHER_NAME, find_teacher, fit_to_teacher, keep_teacher
+from maskdm_fast.train.world import World
+from tests.train.by_hand import teacher_of
+
+WORLD = World(torch.device("cpu"))
+
+
+@pytest.fixture
+def teach(make_config, tmp_path):
+    """Train a run that denoises, in the folder ``teacher``."""
+
+    def teach(**changes) -> None:
+        changes = {"diffusion": DiffusionConfig(prediction="v"), "mask": NoMask(), "num_images": 16, **changes}
+        train(make_config(**changes), tmp_path / "teacher")
+
+    return teach
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(tensor, b[name]) for name, tensor in a.items())
+
+
+@pytest.mark.parametrize("which", ["ema", "raw"])
+def test_a_student_begins_as_its_teacher(teach, make_student, tmp_path, which):
+    teach()
+    train(make_student(num_images=4, lr=1e-30, teacher_weights=which), tmp_path / "run")
+    wanted = load_weights(tmp_path / "teacher", which).tensors
+    assert not same(wanted, load_weights(tmp_path / "teacher", "raw" if which == "ema" else "ema").tensors)
+    newest = checkpoint.newest(tmp_path / "run")
+    assert all(same(newest.tensors(group), wanted) for group in ("model", "fake_model", "ema"))
+    assert same(load_weights(tmp_path / "run" / TEACHER_NAME, which).tensors, wanted)
+
+
+def test_the_copy_is_taken_whatever_becomes_of_the_teacher(teach, make_student, tmp_path):
+    teach()
+    config = make_student(num_images=8)
+    train(config, tmp_path / "run")
+    first = load_weights(tmp_path / "teacher").tensors
+    teach(num_images=32)  # it goes on
+    assert not same(load_weights(tmp_path / "teacher").tensors, first)
+    found = find_teacher(config, tmp_path / "run", WORLD)
+    assert same(found.tensors, first) and found.checkpoint.step == 4
+    shutil.rmtree(tmp_path / "teacher")
+    assert same(find_teacher(config, tmp_path / "run", WORLD).tensors, first)
+    assert train(replace(config, stage=replace(config.stage, num_images=12)), tmp_path / "run").step == 3
+    with pytest.raises(FileNotFoundError, match=r"nothing to start from: .*teacher \(--teacher teacher\)"):
+        train(config, tmp_path / "another")
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _flip(path):
+    content = bytearray(path.read_bytes())
+    content[-50] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [_cut, _flip, lambda path: path.unlink()], ids=["cut", "a bit", "gone"])
+def test_a_damaged_copy(teach, make_student, tmp_path, damage):
+    teach()
+    config = make_student(num_images=8)
+    train(config, tmp_path / "run")
+    damage(tmp_path / "run" / TEACHER_NAME)
+    with pytest.raises(CheckpointError, match=r"run/teacher\.safetensors, the copy of the teacher, is not what was"):
+        train(config, tmp_path / "run")
+    (tmp_path / "run" / CHECK_NAME).unlink()  # as the message says
+    train(replace(config, stage=replace(config.stage, num_images=12)), tmp_path / "run")
+    assert same(load_weights(tmp_path / "run" / TEACHER_NAME).tensors, load_weights(tmp_path / "teacher").tensors)
+
+
+def test_a_copy_that_a_crash_left_half_made(teach, make_student, tmp_path, monkeypatch):
+    """Whole, but its check is not there yet: both are written again."""
+    teach()
+    config, folder = make_student(), tmp_path / "run"
+    folder.mkdir()
+    teacher = find_teacher(config, folder, WORLD)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_json_atomic", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            keep_teacher(teacher, folder)
+    assert (folder / TEACHER_NAME).exists() and not (folder / CHECK_NAME).exists()
+    train(config, folder)
+    assert (folder / CHECK_NAME).exists()
+
+
+def test_where_a_teacher_may_lie(teach, make_student, tmp_path, monkeypatch):
+    """Beside the run folder, in the working directory, as a checkpoint folder or an exported file."""
+    teach()
+    wanted = load_weights(tmp_path / "teacher").tensors
+    export(tmp_path / "teacher", tmp_path / "teacher.safetensors")
+    (tmp_path / "deep").mkdir()
+    monkeypatch.chdir(tmp_path)
+    newest = checkpoint.newest(tmp_path / "teacher").path
+    for name in ("teacher", "teacher.safetensors", str(newest), newest.relative_to(tmp_path)):
+        for folder in (tmp_path / "run", tmp_path / "deep" / "run"):
+            assert same(find_teacher(make_student(teacher=str(name)), folder, WORLD).tensors, wanted)
+
+
+def test_weights_of_the_official_code_teach(make_student, tmp_path):
+    config = make_student(teacher="nnet_ema.pth", num_images=4, lr=1e-30)
+    ours = UViT(config.model, seed=3).state_dict()
+    official = {
+        "patch_embed.proj.weight": ours["patch_embed.weight"].view(16, 2, 2, 3).permute(0, 3, 1, 2).contiguous(),
+        "patch_embed.proj.bias": ours["patch_embed.bias"],
+        "pos_embed": ours["positions"][None],
+    }
+    for name, tensor in ours.items():
+        if name.endswith("skip.weight_x"):
+            joined = torch.cat([tensor, ours[name.replace("weight_x", "weight_skip")]], dim=1)
+            official[name.replace("skip.weight_x", "skip_linear.weight")] = joined
+        elif not name.startswith(("patch_embed.", "positions")) and not name.endswith("weight_skip"):
+            for old, new in (("attention.", "attn."), ("skip.", "skip_linear.")):
+                name = name.replace(old, new)
+            official[f"decoder_pred.{name[5:]}" if name.startswith("head.") else name] = tensor
+    torch.save(official, tmp_path / "nnet_ema.pth")
+    train(config, tmp_path / "run")
+    found = load_weights(tmp_path / "run", "raw").tensors
+    assert found.keys() == ours.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0.0, atol=1e-29)
+
+
+def test_a_student_is_no_teacher(teach, make_student, tmp_path):
+    teach()
+    train(make_student(num_images=4), tmp_path / "student")
+    message = r"the teacher .*student.*: it comes from score-distillation: it makes images in its own steps"
+    with pytest.raises(ValueError, match=message):
+        train(make_student(teacher="student"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_student_takes_network_schedule_and_prediction(teach, make_student, tmp_path, capsys):
+    teach(diffusion=DiffusionConfig("linear", "x0"), model=replace(make_student().model, dim=24, depth=5))
+    config = make_student(diffusion=DiffusionConfig("cosine", "v", loss_weight="min-snr"))
+    teacher = find_teacher(config, tmp_path / "run", WORLD)
+    fitted = fit_to_teacher(config, teacher, WORLD)
+    assert fitted.model == teacher.config.model and fitted.model.dim == 24
+    assert (fitted.diffusion.schedule, fitted.diffusion.prediction) == ("linear", "x0")
+    assert fitted.diffusion.loss_weight == "min-snr"
+    words = "model.dim 16 -> 24, model.depth 3 -> 5, diffusion.schedule cosine -> linear, diffusion.prediction v -> x0"
+    assert f"as the teacher {teacher.checkpoint.path}: {words}\n" in capsys.readouterr().err
+    train(replace(config, stage=replace(config.stage, num_images=4)), tmp_path / "run")
+    assert load_weights(tmp_path / "run").config.model.dim == 24
+    capsys.readouterr()
+    fit_to_teacher(fitted, teacher, WORLD)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_student_takes_the_classes(make_config, make_student, image_folder, tmp_path):
+    for number, path in enumerate(sorted(image_folder.iterdir())):
+        (tmp_path / "images" / str(number % 3)).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, tmp_path / "images" / str(number % 3))
+    data = {"data": str(tmp_path / "images"), "diffusion": DiffusionConfig(prediction="v")}
+    train(
+        make_config(class_conditional=True, mask=NoMask(), num_images=8, label_drop=0.1, **data), tmp_path / "teacher"
+    )
+    guided = {"guidance": "lsg", "guidance_scale": 2.0}
+    for name, more in (("run", data), ("without", {"data": "none"})):
+        # Whether there are classes is known when the teacher is.
+        config = make_student(class_conditional=True, num_images=8, **guided, **more)
+        train(config, tmp_path / name)
+        assert load_weights(tmp_path / name).config.model.num_classes == 3
+        assert load_weights(tmp_path / name).class_names == ["0", "1", "2"]
+    with pytest.raises(ValueError, match="num_classes is 3, but the data set has 0 classes"):
+        train(make_student(), tmp_path / "no-classes")
+    train(make_config(mask=NoMask(), num_images=8, **data), tmp_path / "unconditional")
+    message = r"another network than its teacher .*unconditional.*: num_classes 0 -> 3"
+    with pytest.raises(ValueError, match=message):
+        train(make_student(teacher="unconditional", class_conditional=True, **data), tmp_path / "conditional")
+
+
+def test_latents_of_another_scale(make_student):
+    config = replace(make_student(), latent_scale=0.18, latent_shift=0.1)
+    teacher = teacher_of(config)
+    check_teacher(config, teacher)
+    with pytest.raises(ValueError, match=r"knows .*scale=0\.18, shift=0\.1.*but the data set has .*scale=0\.36, shift=0\.1"):
+        check_teacher(replace(config, latent_scale=0.36), teacher)
