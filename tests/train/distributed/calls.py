@@ -96,7 +96,8 @@ class _Lines(nn.Module):
 
     def forward(self, x: torch.Tensor, bad: torch.Tensor) -> torch.Tensor:
         """The gradient of `gain` has `bad` added to it, and no other gradient knows of it."""
-        return self.second(self.first(x) * self.gain).square().mean() + (self.gain * bad).sum()
+        x = x.to(self.gain.dtype)
+        return self.second(self.first(x) * self.gain).float().square().mean() + (self.gain * bad).sum()
 
 
 def train_engine(
@@ -105,19 +106,20 @@ def train_engine(
     steps: tuple[int, int],
     folder: str | None = None,
     num_micro: int = 1,
+    precision: str = "fp32",
     bad: bool = False,
     rests: bool = False,
 ) -> dict[str, Any]:
     """Train a small network for a range of steps, after those that are in the folder, and leave what it has there.
 
     Args:
-        engine, optimizer: names and settings of the engine.
+        engine, optimizer, num_micro, precision: name and settings of the engine.
         bad: gradients of one process have values in them that are not finite, or large.
         rests: the network rests after every step, as on a GPU.
     """
     world = make_world("cpu")
     settings = OptimizerSettings(**{"betas": (0.9, 0.99), "weight_decay": 0.01, "max_grad_norm": None, **optimizer})
-    trained = make_engine(engine, _Lines(), settings, EngineSettings(num_micro=num_micro), world)
+    trained = make_engine(engine, _Lines(), settings, EngineSettings(precision, num_micro), world)
     if rests:
         trained._idle = IdleState(trained._optimizer, world.device, moves=True)
         trained.rest()

@@ -66,6 +66,16 @@ def test_gradients_are_cut_by_value_after_the_mean_and_before_the_norm(train, en
     assert all(int(value) == 4 for (_, name), value in found.items() if name.startswith("step."))  # none was skipped
 
 
+@pytest.mark.parametrize(("engine", "processes"), SHARED)
+def test_gradients_of_16_bits_are_cut_as_well(train, engine, processes):
+    result, found = train(
+        engine, processes, optimizer={**FULL, "max_grad_value": 0.3}, steps=(0, 3), precision="bf16", bad=True
+    )
+    assert max(result["norms"]) < 0.31 * 73**0.5  # bfloat16 has 0.3008
+    assert all(value.isfinite().all() for value in found.values())
+    assert found["optimizer", "step.gain"] == 3
+
+
 def test_without_a_cut_they_do_harm(train):
     _, found = train("plain", optimizer=FULL, steps=(0, 1), bad=True)
     assert found["model", "gain"].isnan().any()
