@@ -14,6 +14,7 @@ from maskdm_fast.commands.estimate_table import StageEstimate, legend
 from maskdm_fast.diffusion.mask_schedule import MaskSchedule
 from maskdm_fast.diffusion.masking import NoMask, PatchMask
 from maskdm_fast.train import PRESETS, Recipe, RunConfig
+from maskdm_fast.train.config import DenoisingConfig
 from maskdm_fast.train.estimate import estimate, hardware_here
 from maskdm_fast.train.hardware import HARDWARE, HERE, NAMES
 
@@ -112,6 +113,8 @@ def _stages(options: BenchOptions) -> list[tuple[str, RunConfig]]:
     if options.mask_ratio is not None:
         # The stages of a recipe differ in their masks; with one mask the first stands for all.
         runs = runs[:1]
+        if not isinstance(runs[0][1].stage, DenoisingConfig):
+            raise ValueError(f"--mask-ratio is for stages of denoising, but {name} distils whole images; leave it out")
         mask = PatchMask(options.mask_ratio) if options.mask_ratio else NoMask()
         changes |= {"mask": mask, "mask_schedule": MaskSchedule(), "unmasked_share": 0.0}
     found = []

@@ -156,9 +156,9 @@ def _mend(config: RunConfig, world_size: int, device_memory: float, host_memory:
             mends.append(f"--activation-checkpointing ({engine})")
         elif not mends and (found := smaller(light)):
             mends.append("--activation-checkpointing with --micro-batch-size {} ({})".format(*found))
-    if not machine.offload_idle and len(plan_of(config).trained) > 1 and place == "cuda":
-        if engine := engine_for(dataclasses.replace(machine, offload_idle=True), world_size):
-            mends.append(f"--offload-idle ({engine})")
+    idles = place == "cuda" and len(plan_of(config).trained) > 1 and not machine.offload_idle
+    if idles and (engine := engine_for(dataclasses.replace(machine, offload_idle=True), world_size)):
+        mends.append(f"--offload-idle ({engine})")
     processes = 2 * world_size
     while config.stage.batch_size % processes == 0:
         if engine := engine_for(machine, processes):

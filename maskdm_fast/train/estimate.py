@@ -17,10 +17,12 @@ from maskdm_fast.ops.work import Work
 from maskdm_fast.train.config import Recipe, RunConfig
 from maskdm_fast.train.config_json import flatten
 from maskdm_fast.train.costs import Counts, Part, total
+from maskdm_fast.train.distill_config import DistillationConfig
 from maskdm_fast.train.engine_choice import choose_engine
 from maskdm_fast.train.hardware import HARDWARE, HERE, Hardware, probe
 from maskdm_fast.train.launches import count_launches
 from maskdm_fast.train.memory import ENGINES, Memory, Place, item_size, memory_per_rank
+from maskdm_fast.train.networks import Network
 from maskdm_fast.train.plan import model_of, plan_of
 from maskdm_fast.train.progress import format_seconds
 from maskdm_fast.train.roofline import Roofline, roofline
@@ -160,12 +162,13 @@ def _in_words(config: RunConfig, hardware: Sequence[str]) -> dict[str, str]:
         f"{found.dense.bytes / work.bytes:.2f} x fewer bytes",
     }
     return {
+        **_networks_in_words(config),
         "parameters": f"{found.parameters:,}"
         + (f" with one class, and {config.model.dim} more for each class of the data set" if classes else ""),
         "tokens per image": f"{found.visible:.4g} of {found.patches} patches visible, and {found.extras} more",
         "work per image": f"{amount(work.flops / images)}FLOPs, {amount(work.bytes / images)}B read and written, "
         f"{work.intensity:.3g} FLOPs a byte",
-        "launches": f"{sum(found.launches.values()):,} a step",
+        "launches": f"{sum(found.launches.values()):,.0f} a step",
         **(gain if found.visible < found.patches else {}),
         **{
             name: _time_in_words(
@@ -173,6 +176,35 @@ def _in_words(config: RunConfig, hardware: Sequence[str]) -> dict[str, str]:
             )
             for name in hardware
         },
+    }
+
+
+def _networks_in_words(config: RunConfig) -> dict[str, str]:
+    """What a distillation has in memory, and what it asks of it."""
+    stage, plan = config.stage, plan_of(config)
+    if not isinstance(stage, DistillationConfig):
+        return {}
+
+    def often(share: float) -> str:
+        if share == 1:
+            return ""
+        return f", {share:g} times a step" if share > 1 else f", in one of {1 / share:g} steps"
+
+    def role(network: Network) -> str:
+        if not network.trained:
+            return "frozen"
+        return "trained and averaged" if network.average else "trained"
+
+    updates = [
+        f"update of the {update.network}{often(update.share)}: "
+        + ", ".join(f"{count:g} of the {name}" for name, count in plan.evaluations(update).items())
+        for update in plan.updates
+    ]
+    return {
+        "teacher": f"{stage.teacher}, not read here: the run has its network instead of the model above",
+        "networks": "; ".join(f"{each.name}, {each.values:,} parameters, {role(each)}" for each in plan.networks),
+        "evaluations per image": f"{'; '.join(updates)} (a backward pass is 2, one to the input alone 1)",
+        **({"note": plan.note} if plan.note else {}),
     }
 
 

@@ -12,7 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from maskdm_fast.diffusion.masking import Mask
 from maskdm_fast.models import UViT
 from maskdm_fast.train.checkpoint import Checkpoint
-from maskdm_fast.train.config import DenoisingConfig, MachineConfig, RunConfig, ScoreDistillationConfig
+from maskdm_fast.train.config import (
+    DenoisingConfig,
+    MachineConfig,
+    PolicyDistillationConfig,
+    RunConfig,
+    ScoreDistillationConfig,
+)
 from maskdm_fast.train.distill_config import DistillationConfig
 from maskdm_fast.train.plan import plan_of
 from maskdm_fast.train.stages import Batch, build_stage
@@ -113,6 +119,8 @@ def _narrow(config: RunConfig) -> RunConfig:
     changes: dict[str, Any] = {"batch_size": 2, "init_from": None}
     if isinstance(stage, ScoreDistillationConfig) and stage.method == "sida":
         changes |= {"freeze_images": 0, "adversarial_from": 0}
+    if isinstance(stage, PolicyDistillationConfig):
+        changes |= {"value_width": 2, **({"value_heads": 1} if stage.value == "vit" else {})}
     return dataclasses.replace(
         config,
         model=dataclasses.replace(model, dim=2, num_heads=1),

@@ -4,6 +4,7 @@ A stage of a new kind is counted once there is a function for its configuration 
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -51,6 +52,7 @@ class Plan:
         counts: visible patches of an image.
         period: after so many steps the same updates come again.
         trajectory: float32 values that are kept through a step, of all images of a process, for each value of an image.
+        note: what else is to be said of the counts.
         early: whether a network's optimizer is awake through its updates, rather than in its steps alone.
     """
 
@@ -59,6 +61,7 @@ class Plan:
     counts: Counts
     period: int = 1
     trajectory: int = 0
+    note: str = ""
     early: bool = False
 
     @property
@@ -70,9 +73,12 @@ class Plan:
         """The network of this name."""
         return next(network for network in self.networks if network.name == name)
 
-    def evaluations(self, update: Update) -> float:
-        """Of one image in one update, in units of a forward pass."""
-        return sum(asked.evaluations for asked in update.passes)
+    def evaluations(self, update: Update) -> dict[str, float]:
+        """Of one image in one update, in units of a forward pass, by network."""
+        found: Counter[str] = Counter()
+        for asked in update.passes:
+            found[asked.network] += asked.evaluations
+        return dict(found)
 
     def step_parts(
         self,
@@ -148,6 +154,10 @@ def _score_distillation(config: RunConfig, model: UViTConfig) -> Plan:
     steps = stage.num_steps, stage.trained_steps
     every = method.fake_updates if stage.fake_updates is None else stage.fake_updates
     head = stage.method == "dmd2" and method.needs_images
+    note = ""
+    if stage.method == "sida":
+        all_count = max(method.freeze_images, method.adversarial_from)
+        note = f"counted as from image {all_count:,} on, when all losses are there"
     return Plan(
         (
             _trained("generator", config, model),
@@ -163,12 +173,11 @@ def _score_distillation(config: RunConfig, model: UViTConfig) -> Plan:
         ),
         [(model.num_tokens, 1.0)],
         every,
+        note=note,
     )
 
 
 def _regression(config: RunConfig, model: UViTConfig) -> Plan:
-    """Of a teacher that is guided, where the student is told by how much; one that is told itself is asked half as
-    much."""
     stage = config.stage
     student = _trained("student", config, model, GuidedNetwork if is_told(stage) else None)
     passes = [Pass("student", "weights")]
@@ -181,7 +190,9 @@ def _regression(config: RunConfig, model: UViTConfig) -> Plan:
     twice = 2 if stage.strengths is not None or stage.guidance != 1.0 else 1
     passes.append(Pass("teacher", "none", calls * twice, calls))
     networks = student, Network("teacher", model, trained=False)
-    return Plan(networks, (Update("student", tuple(passes), "regression"),), counts)
+    note = "counted with a teacher that is guided; one that is told its guidance is asked once where this one is twice"
+    told = note if is_told(stage) else ""
+    return Plan(networks, (Update("student", tuple(passes), "regression"),), counts, note=told)
 
 
 def _policy_distillation(config: RunConfig, model: UViTConfig) -> Plan:
@@ -197,6 +208,9 @@ def _policy_distillation(config: RunConfig, model: UViTConfig) -> Plan:
         "value": (*anew, Pass("value", "none"), Pass("value", "weights")),
         "policy": (Pass("policy", "weights"), Pass("value", "inputs")),
     }
+    note = ""
+    if config.precision != "fp32" and stage.value_precision == "fp32":
+        note = f"the value is float32, but its time is told as in {config.precision}"
     return Plan(
         (_trained("policy", config, model), value),
         (
@@ -206,6 +220,7 @@ def _policy_distillation(config: RunConfig, model: UViTConfig) -> Plan:
         ),
         [(model.num_tokens, 1.0)],
         # Images of the data set; states; noise of the start, of every step and of every update.
+        note=note,
         trajectory=1 + (steps + 1) + 1 + steps * (2 if method.resample else 1) + updates,
         early=True,
     )
