@@ -7,7 +7,7 @@ _OUTPUT = OutputConfig(log_images=2_000, checkpoint_images=20_000, preview_image
 
 
 _SID = ScoreDistillationConfig(
-    num_images=40_000,
+    num_images=24_000,
     batch_size=32,
     alpha=1.0,
     lr=5e-5,
