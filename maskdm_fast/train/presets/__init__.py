@@ -41,7 +41,7 @@ FAMILIES: dict[str, tuple[Preset, ...]] = {
         photos256.celebahq_small_10p,
         photos256.celebahq_small_1p,
     ),
-    "published distillations, of teachers of your own (give --teacher RUN; SiDA, DMD2: --data FOLDER)": (
+    "published distillations, of teachers of your own (give --teacher RUN; but for SiD --data FOLDER)": (
         published_distill.cifar10_sid,
         published_distill.cifar10_classes_sid,
         published_distill.imagenet64_sid,
@@ -53,6 +53,10 @@ FAMILIES: dict[str, tuple[Preset, ...]] = {
         published_distill.ffhq64_sida,
         published_distill.afhqv2_64_sida,
         published_distill.imagenet64_dmd2,
+        published_distill.cifar10_dxmi,
+        published_distill.imagenet64_dxmi,
+        published_distill.imagenet64_dxmi4,
+        published_distill.lsun_bedroom256_dxmi,
     ),
     "to see that everything works": (smoke.smoke, smoke.smoke_pretrain),
 }
