@@ -119,7 +119,8 @@ class Meter:
             self._loss_scale = torch.tensor(state["loss_scale"])
 
     def _totals(self) -> tuple[dict[str, list[float]], float | None]:
-        """[sum, weight] by name, and the skipped steps, None without a loss scale; all of them means over processes."""
+        """[sum, weight] by name, and the skipped steps, None without a loss scale. Means over the processes, but of
+        pairs the sums, for each process adds its own weight: so the state is the same for any number of them."""
         totals = {name: list(pair) for name, pair in self._saved.items()}
         parts = [rows.sums.flatten() for rows in self._rows.values()]
         if self._skips is not None:
@@ -130,8 +131,9 @@ class Meter:
         for names in self._rows:
             for place, name in enumerate(names):
                 pair = totals.setdefault(name, [0.0, 0.0])
-                pair[0] += found[place]
-                pair[1] += found[len(names) + place]
+                processes = 1 if name in self._had else self._world.world_size
+                pair[0] += processes * found[place]
+                pair[1] += processes * found[len(names) + place]
             found = found[2 * len(names) :]
         return totals, None if self._skips is None else found[0] + self._saved_skips
 

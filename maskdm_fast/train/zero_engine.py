@@ -123,6 +123,9 @@ class ZeroEngine:
         before, group["params"] = group["params"], list(self._flats())
         self._optimizer.make_state()
         group["params"] = before
+        if self._stage < 3:
+            # DeepSpeed would only know it from the first step on, but the average may be asked for before.
+            self._zero._lazy_init_hp_params_optimizer_state()
 
     def _find_shares(self) -> dict[str, _Share]:
         """The parts of this process, by name of the parameter; it need not have a part of every one."""

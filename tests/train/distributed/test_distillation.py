@@ -1,0 +1,183 @@
+"""Two networks trained in turn, each under an engine of its own: one process or several, the same curves and weights,
+and a run may go on under another engine."""
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from maskdm_fast.diffusion.masking import NoMask
+from maskdm_fast.train import RunConfig, checkpoint, read_metrics, train
+from maskdm_fast.train.config import DiffusionConfig
+from tests.train.distributed.conftest import ODD, on
+from tests.train.distributed.curves import far_weights
+
+CLOCK = {"kind", "seconds", "images_per_s", "tokens_per_s", "model_tflops", "peak_mib"}
+STEPS = 6
+_MADE = pytest.StashKey[dict[str, Path]]()
+
+
+@pytest.fixture
+def make_run(make_student) -> Callable[..., RunConfig]:
+    """6 steps of 8 images, logged by twos, with a checkpoint every 3."""
+
+    def make(engine: str = "plain", **changes) -> RunConfig:
+        if engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+            pytest.skip("DeepSpeed is not installed")
+        defaults = {
+            "model": ODD,
+            "num_images": 8 * STEPS,
+            "batch_size": 8,
+            "warmup_images": 16,
+            "ema_half_life_images": 32,
+        }
+        output = {
+            "ema_half_life_images": 32,
+            "log_images": 16,
+            "checkpoint_images": 24,
+            "keep_checkpoints": 9,
+            "preview_images": 3,
+        }
+        return make_student(**{**defaults, **output, "engine": engine, **changes})
+
+    return make
+
+
+@pytest.fixture
+def taught(make_config, finish, tmp_path_factory, request) -> Callable[[RunConfig], Path]:
+    """Folder of the run of a configuration in one process, made once; its teacher lies beside it."""
+    made = request.config.stash.setdefault(_MADE, {})
+    if "folder" not in made:
+        made["folder"] = tmp_path_factory.mktemp("taught")
+        options = {"model": ODD, "diffusion": DiffusionConfig(prediction="v"), "mask": NoMask(), "num_images": 80}
+        train(make_config(checkpoint_images=80, **options), made["folder"] / "teacher")
+
+    def get(config: RunConfig) -> Path:
+        key = json.dumps(config.to_dict())
+        if key not in made:
+            made[key] = made["folder"] / str(len(made))
+            finish(config, made[key], 1)
+        return made[key]
+
+    return get
+
+
+def rows(folder: Path) -> list[dict]:
+    """The log without what depends on the machine."""
+    logs = [record for record in read_metrics(folder) if record["kind"] == "log"]
+    return [{k: v for k, v in row.items() if k not in CLOCK and not k.endswith("_ms")} for row in logs]
+
+
+def far_curves(a: Path, b: Path) -> dict[str, float]:
+    """The largest difference of every logged value, as a share of the largest one of its curve: losses that are
+    differences may come near zero."""
+    first, second = rows(a), rows(b)
+    assert [row.keys() for row in first] == [row.keys() for row in second] and len(first) == STEPS // 2
+    largest: dict[str, float] = {}
+    apart: dict[str, float] = {}
+    for row, other in zip(first, second, strict=True):
+        for name, value in row.items():
+            largest[name] = max(abs(value), largest.get(name, 0.0))
+            apart[name] = max(abs(value - other[name]), apart.get(name, 0.0))
+    return {name: value and value / largest[name] for name, value in apart.items()}
+
+
+def assert_equal_but_for_rounding(alone: Path, run: Path) -> None:
+    """Curves, averaged and trained weights of the generator, weights of the fake network, and pictures."""
+    apart = far_curves(alone, run)
+    assert max(apart.values()) < 1e-5, apart
+    for which in ("raw", "ema"):
+        assert far_weights(alone, run, which) < 1e-4
+    wanted, found = (checkpoint.newest(folder).tensors("fake_model") for folder in (alone, run))
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+    pictures = [Image.open(folder / "samples" / f"step-{STEPS:08d}.png") for folder in (alone, run)]
+    assert np.abs(np.subtract(*(np.asarray(picture, int) for picture in pictures))).max() <= 1
+
+
+METHODS = {
+    "sid": {"num_steps": 2, "trained_steps": "one"},
+    "sida": {"method": "sida", "freeze_images": 8, "adversarial_from": 16, "activation_checkpointing": True},
+    "dmd2": {"method": "dmd2", "fake_updates": 2, "input_level": 10.0},
+}
+CASES = [
+    *(("sid", engine, 2, micro) for engine, micro in (("ddp", 2), ("zero1", None), ("zero2", 2), ("zero3", None))),
+    *(("sida", engine, 2, None) for engine in ("ddp", "zero3")),
+    *(("dmd2", engine, 2, micro) for engine, micro in (("ddp", None), ("zero3-offload", 2))),
+    ("dmd2", "zero1", 1, None),
+]
+
+
+@pytest.mark.parametrize(("method", "engine", "processes", "micro"), CASES)
+def test_fp32(make_run, taught, finish, method, engine, processes, micro):
+    config = make_run(engine, micro_batch_size=micro, **METHODS[method])
+    alone = taught(make_run(**METHODS[method]))
+    run = alone.with_name(f"{alone.name}-{engine}-{processes}")
+    finish(config, run, processes)
+    assert_equal_but_for_rounding(alone, run)
+
+
+@pytest.mark.parametrize(("method", "engine"), [("sid", "ddp"), ("dmd2", "zero2"), ("sid", "zero3")])
+def test_bf16(make_run, taught, finish, method, engine):
+    """Engines round at other places, none of them farther from float32 than a few roundings."""
+    config = make_run(engine, precision="bf16", **METHODS[method])
+    alone = taught(make_run(**METHODS[method]))
+    run = alone.with_name(f"{alone.name}-{engine}-bf16")
+    finish(config, run)
+    apart = far_curves(alone, run)
+    assert 1e-5 < apart["loss"] < 0.05 and apart["grad_norm"] < 0.2, apart
+
+
+PARTS = {
+    "sid": (("zero2", 2), ("plain", 1), ("zero3", 2)),
+    "dmd2": (("plain", 1), ("zero2", 2), ("ddp", 2)),
+}
+STOPS = (2, 3, 6)  # at the end of a mean of the log, and in the middle of one
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")  # a damaged checkpoint
+@pytest.mark.parametrize("method", PARTS)
+def test_another_engine_and_number_of_processes(make_run, taught, finish, method):
+    """Both networks are in the checkpoint, each in the pieces of its engine; the fake one has no average."""
+    make_run("zero1")  # or skip
+    config = make_run(**METHODS[method])
+    alone = taught(config)
+    run = alone.with_name(f"{alone.name}-parts")
+    for (engine, processes), stop in zip(PARTS[method], STOPS, strict=True):
+        until = replace(config, stage=replace(config.stage, num_images=8 * stop))
+        ended = finish(on(until, engine), run, processes)
+        assert [one.result for one in ended] == [{"reason": "num_images", "step": stop}] * processes
+        files = {path.name for path in checkpoint.newest(run).path.glob("*.safetensors")}
+        assert len(files) == 5 * processes and not any(name.startswith("fake_ema") for name in files)
+    assert_equal_but_for_rounding(alone, run)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero3"])
+def test_the_same_engine_goes_on_bit_for_bit(make_run, taught, finish, engine):
+    config = make_run(engine, **METHODS["sid"])
+    folder = taught(make_run(**METHODS["sid"])).with_name(f"{engine}-again")
+    finish(config, folder)
+
+    def state() -> tuple[dict[str, bytes], list[dict]]:
+        files = checkpoint.newest(folder).path.glob("*.safetensors")
+        return {path.name: path.read_bytes() for path in files}, rows(folder)
+
+    whole = state()
+    shutil.rmtree(folder / "checkpoints" / f"step-{STEPS:08d}")
+    assert checkpoint.newest(folder).step == 3  # in the middle of a mean
+    finish(config, folder)
+    assert (state() == whole) is True  # without pytest's comparison of files
+
+
+def test_a_teacher_that_is_not_there(make_run, launch, tmp_path):
+    ended = launch(make_run("ddp", teacher="nobody"), tmp_path / "run")
+    assert ended[0].error.startswith("FileNotFoundError: nothing to start from"), ended[0].log
+    assert "--teacher nobody" in ended[0].error and ended[1].code == 1
