@@ -2,9 +2,9 @@
 
 What the student starts from and is sampled with is the teacher; the numbers here are those of the papers' codes for
 their convolutional networks, so begin with a tenth of the images and with `maskdm-fast evaluate`. Apart from them:
-bfloat16 instead of float16, no dropout, no augmentation but mirroring, Adam instead of RAdam for DxMI from 64 px on, and
-a moving average that remembers a growing share of the run from its start. The model is only what --dry-run counts before
-there is a teacher.
+bfloat16 instead of float16; mirroring, but no other augmentation, and no dropout; Adam instead of RAdam for DxMI from
+64 px on; a moving average that remembers a growing share of the run from its start. The model is only what --dry-run
+counts before there is a teacher.
 
 Sources: SiD: github.com/mingyuanzhou/SiD, run_sid.sh; SiDA: its branch sida; DMD2: github.com/tianweiy/DMD2, ImageNet;
 DxMI: github.com/swyoon/Diffusion-by-MaxEntIRL, whose CIFAR-10 in four steps starts from another kind of generator.
