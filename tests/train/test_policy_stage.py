@@ -15,7 +15,7 @@ from maskdm_fast import distill, ops, random
 from maskdm_fast.diffusion import Denoiser, patchify
 from maskdm_fast.distill.dxmi_rollout import draw
 from maskdm_fast.models import UViT
-from maskdm_fast.optim import AdamWEMA
+from maskdm_fast.optim import AdamWEMA, LambEMA
 from maskdm_fast.random import Stream
 from maskdm_fast.train.config import RunConfig
 from maskdm_fast.train.generation import generate
@@ -168,6 +168,17 @@ def test_zero_does_the_same(make, tmp_path):
                 if group in ("model", "ema", "velocity"):
                     for name, tensor in tensors.items():
                         torch.testing.assert_close(pieces[group][name], tensor, rtol=0.0, atol=4e-3, msg=name)
+
+
+def test_lamb_goes_on_from_pieces(make):
+    config = make(optimizer="lamb")
+    whole, first, second = build(config), build(config), build(config)
+    rows = take_steps(whole, config, 0, 2)
+    take_steps(first, config, 0, 1)
+    second.load(Held(_copy(first)))
+    assert take_steps(second, config, 1, 2) == rows[1:]
+    kinds = [type(player.engine._optimizer) for player in (whole._policy, whole._value, whole._sigmas)]
+    assert kinds == [LambEMA, LambEMA, AdamWEMA]
 
 
 def test_a_part_of_the_tensors():

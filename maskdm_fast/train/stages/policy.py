@@ -159,7 +159,9 @@ class PolicyDistillationStage:
         value = stage.make_value(config.model, seed=config.seed)
         flops = value.flops
         of_value = config if stage.value_precision == "run" else dataclasses.replace(config, precision="fp32")
-        settings = dataclasses.replace(settings, max_grad_norm=stage.value_max_grad_norm, ema_decay=None)
+        # Nobody asks for an average of it, but the kernels of lamb always keep one.
+        decay = stage.ema_decay if stage.optimizer == "lamb" else None
+        settings = dataclasses.replace(settings, max_grad_norm=stage.value_max_grad_norm, ema_decay=decay)
         judge = Trained(engine_of(of_value, world, value, settings, None), value)
         return cls(config, policy, noise, judge, flops, world)
 
