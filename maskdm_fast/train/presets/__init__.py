@@ -21,7 +21,11 @@ FAMILIES: dict[str, tuple[Preset, ...]] = {
         emoji.emoji64,
         emoji.emoji64_transfer,
     ),
-    "emoji in few steps, from the run emoji32 beside them": (distilled.emoji32_distill_sid,),
+    "emoji in few steps, from the run emoji32 beside them": (
+        distilled.emoji32_distill_sid,
+        distilled.emoji32_distill_sida,
+        distilled.emoji32_distill_dmd2,
+    ),
     "photos at 64 and 128 px, as MaskDM on CelebA (give --data FOLDER)": (
         celeba.small64,
         celeba.small64_pretrain,
