@@ -168,8 +168,12 @@ def memory_per_rank(config: RunConfig, engine: str, world_size: int, *, place: P
             if cast and asked.gradients != "none":
                 besides["16-bit weights"] += item * asked.calls * network.values
         if engine.startswith("zero3"):
-            others = {asked.network for asked in update.passes} & parts.keys() - {update.network}
-            besides["gathered weights"] += sum(parts[name].passes["gathered weights"] for name in others)
+            # Each network gathers for itself, and ahead; those that are not trained send no gradients.
+            for name in {asked.network for asked in update.passes} & parts.keys() - {update.network}:
+                network = plan.network(name)
+                bucket = network.item(item) * zero_sizes(network.values).bucket
+                besides["gathered weights"] += parts[name].passes["gathered weights"]
+                besides["buckets"] += parts[name].passes["buckets"] - 2 * bucket
         passes.append(besides)
         updates.append(Counter(part.update))
     if machine.offload_idle and place == "cuda" and len(parts) > 1:

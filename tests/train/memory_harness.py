@@ -4,7 +4,8 @@
     python memory_harness.py stage CONFIG...  what `stage_step` says, likewise, a line of each
     torchrun memory_harness.py CASE...        what the engines of several processes take, as one line by rank 0
 
-A case is ENGINE:PRECISION. Of every engine, in bytes of the CPU's allocator: ``steady``, what is held between steps;
+A case is ENGINE:PRECISION, or ENGINE:PRECISION:METHOD for score distillation, whose ``passes`` are of a whole step. Of
+every engine, in bytes of the CPU's allocator: ``steady``, what is held between steps;
 ``passes`` and ``update``, the most that forward and backward pass, and the optimizer's step, had besides; ``left``,
 what is held after the engine was closed; and the first three as `memory_per_rank` has them.
 """
@@ -27,7 +28,7 @@ from maskdm_fast.diffusion.masking import NoMask
 from maskdm_fast.models import CONFIGS, UViT
 from maskdm_fast.train import memory, zero_engine
 from maskdm_fast.train.checkpoint import Checkpoint
-from maskdm_fast.train.config import DenoisingConfig, MachineConfig, RunConfig
+from maskdm_fast.train.config import DenoisingConfig, MachineConfig, RunConfig, ScoreDistillationConfig
 from maskdm_fast.train.engine import DTYPES, EngineSettings, OptimizerSettings, make_engine
 from maskdm_fast.train.plan import plan_of
 from maskdm_fast.train.stages import Batch, build_stage
@@ -85,24 +86,28 @@ def plain_step(config: RunConfig) -> tuple[int, int, int]:
     return steady, peak(passes), peak(lambda: engine.step(1e-4))
 
 
-def stage_step(config: RunConfig) -> tuple[int, int]:
-    """Bytes between the steps of a distillation, and at most besides in a step."""
+def stage_step(config: RunConfig, world: World) -> tuple[int, int, int]:
+    """Bytes between the steps of a distillation, at most besides in a step, and after it was closed."""
     before = held()
     teacher = Weights(
         replace(config, stage=DenoisingConfig()), UViT(config.model).state_dict(), Checkpoint(Path(), {}), "ema"
     )
-    stage = build_stage(config, World(torch.device("cpu")), None, teacher)
+    stage = build_stage(config, world, None, teacher)
     del teacher
-    size, batch_size, side = config.machine.micro_batch_size, config.stage.batch_size, config.model.image_size
+    size, side = config.machine.micro_batch_size, config.model.image_size
     batches = [
         Batch(torch.zeros(size, side, side, 3, dtype=torch.uint8), torch.full((size,), -1), torch.arange(size) + first)
-        for first in range(0, batch_size, size)
+        for first in range(0, config.stage.batch_size // world.world_size, size)
     ]
     period = plan_of(config).period
-    for step in range(period):
+    for step in range(2 * period):  # ZeRO 3 knows after the first step what is used when
         stage.step(batches, step)
-    steady = held() - before - sum(batch.images.nbytes for batch in batches)
-    return steady, max(peak(lambda step=step: stage.step(batches, step)) for step in range(period))
+    before += sum(batch.images.nbytes for batch in batches)
+    steady = held() - before
+    besides = max(peak(functools.partial(stage.step, batches, step)) for step in range(period))
+    stage.close()
+    del stage
+    return steady, besides, held() - before
 
 
 def measure(name: str, precision: str, world: World) -> dict[str, float]:
@@ -154,14 +159,41 @@ def measure(name: str, precision: str, world: World) -> dict[str, float]:
     }
 
 
+def measure_stage(engine: str, precision: str, method: str, world: World) -> dict[str, float]:
+    num_values = sum(parameter.numel() for parameter in UViT(MODEL).parameters())
+    sizes = memory.ZeroSizes(num_values // 8 // 2 * 2, num_values // 8)
+    memory.zero_sizes = zero_engine.zero_sizes = lambda _: sizes
+    config = RunConfig(
+        model=MODEL,
+        precision=precision,
+        stage=ScoreDistillationConfig(method=method, fake_updates=1, batch_size=NUM_MICRO * world.world_size),
+        machine=MachineConfig(micro_batch_size=1, engine=engine),
+    )
+    steady, besides, left = stage_step(config, world)
+    said = memory.memory_per_rank(config, engine, world.world_size, place="cpu")
+    return {
+        "values": num_values,
+        "steady": steady,
+        "passes": besides,
+        "update": 0,
+        "left": left,
+        "said_steady": sum(said.steady.values()) - memory.OVERHEAD["cpu"],
+        "said_passes": sum(said.passes.values()),
+        "said_update": sum(said.update.values()),
+    }
+
+
 def main() -> None:
     if sys.argv[1] in ("plain", "stage"):
-        work = plain_step if sys.argv[1] == "plain" else stage_step
-        for config in sys.argv[2:]:
-            print(json.dumps(work(RunConfig.from_dict(json.loads(config)))))
+        for config in map(RunConfig.from_dict, map(json.loads, sys.argv[2:])):
+            alone = sys.argv[1] == "plain"
+            print(json.dumps(plain_step(config) if alone else stage_step(config, World(torch.device("cpu")))))
         return
     world = make_world("cpu")
-    found = {case: measure(*case.split(":"), world) for case in sys.argv[1:]}
+    found = {}
+    for case in sys.argv[1:]:
+        words = case.split(":")
+        found[case] = (measure if len(words) == 2 else measure_stage)(*words, world)
     if world.is_main:
         print("\n" + json.dumps(found), flush=True)
     disconnect()

@@ -53,15 +53,17 @@ def test_bytes_of_a_plain_step_are_those_that_are_allocated(checkpointing):
 
 
 def test_bytes_of_several_processes_are_those_that_are_held():
-    """Two processes, two micro-batches, a network of eight buckets: what stays to 0.1 %, the peak within 8 %."""
+    """Two processes, two micro-batches, networks of eight buckets: what stays to 0.1 %, the peak within 8 %, of
+    score distillation within 10 %."""
     pytest.importorskip("deepspeed", reason="deepspeed is not installed (pip install 'maskdm_fast[deepspeed]')")
     cases = ("ddp:bf16", "zero1:fp32", "zero2:bf16", "zero3:bf16", "zero3-offload:bf16")
+    cases += ("ddp:fp32:sid", "zero3:fp32:sid")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     result = subprocess.run(
         [*command, str(HARNESS), *cases],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     lines = [line for line in result.stdout.splitlines() if line.startswith("{")]
@@ -72,7 +74,7 @@ def test_bytes_of_several_processes_are_those_that_are_held():
         real, said = (
             sizes[f"{who}steady"] + max(sizes[f"{who}passes"], sizes[f"{who}update"]) for who in ("", "said_")
         )
-        assert said == pytest.approx(real, rel=0.08), case
+        assert said == pytest.approx(real, rel=0.1 if case.endswith("sid") else 0.08), case
         if case.startswith("zero"):  # the others go with the last reference
             assert sizes["left"] < 0.01 * sizes["steady"], case
 
