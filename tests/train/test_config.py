@@ -6,9 +6,10 @@ import pytest
 from maskdm_fast.diffusion import LossWeight, TimestepDraw
 from maskdm_fast.diffusion.mask_text import format_mask, parse_mask
 from maskdm_fast.diffusion.masking import BlockMask, CropMask, NoMask, PatchMask
+from maskdm_fast.distill import DMD2, GuidanceScales, SiD, SiDA
 from maskdm_fast.models import CONFIGS, UViTConfig
 from maskdm_fast.train import PRESETS, Recipe, RunConfig
-from maskdm_fast.train.config import DenoisingConfig, DiffusionConfig, MachineConfig
+from maskdm_fast.train.config import DenoisingConfig, DiffusionConfig, MachineConfig, ScoreDistillationConfig
 from maskdm_fast.train.config_json import differences
 
 
@@ -143,6 +144,80 @@ def test_stage_validation_names_the_value(changes, message):
 def test_diffusion_validation_names_the_value(changes, message):
     with pytest.raises(ValueError, match=message):
         RunConfig(diffusion=DiffusionConfig(**changes)).validate()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "sid", "adversarial": 0.1}, "method sid has no adversarial; leave it out"),
+        ({"method": "sid", "freeze_images": 0}, "method sid has no freeze_images; leave it out"),
+        ({"method": "dmd2", "alpha": 1.2}, "method dmd2 has no alpha; leave it out"),
+        ({"method": "dmd2", "adversarial": 0.0}, "a discriminator is trained and used, or neither"),
+        ({"weighting": "snr"}, "unknown weighting 'snr'"),
+        ({"levels": (2.0, 1.0)}, "want 0 < least < greatest"),
+        ({"level_draw": "beta"}, "unknown draw of noise levels 'beta'"),
+        ({"fake_weight": "snr"}, "unknown loss weight 'snr'"),
+        ({"num_steps": 0}, "num_steps is 0"),
+        ({"input_level": 0.0}, "input_level is 0.0, want more than 0"),
+        ({"fake_updates": 0}, "fake_updates is 0"),
+        ({"fake_lr": 0.0}, "fake_lr is 0.0"),
+        ({"fake_betas": (0.0, 1.0)}, "fake_betas is"),
+        ({"max_grad_value": 0.0}, "max_grad_value is 0.0"),
+        ({"guidance_scale": 2.0}, "guidance mode 'none' has no scale"),
+        ({"guidance": "lsg"}, "guidance is lsg, but the model has no classes; add --class-conditional"),
+        ({"batch_size": 0}, "batch_size is 0"),
+    ],
+)
+def test_score_distillation_validation_names_the_value(changes, message):
+    with pytest.raises(ValueError, match=message):
+        RunConfig(stage=ScoreDistillationConfig(**changes)).validate()
+
+
+def test_score_distillation_makes_the_published_methods():
+    sid, sida, dmd2 = (ScoreDistillationConfig(method=name).make() for name in ("sid", "sida", "dmd2"))
+    assert (sid, sida, dmd2) == (SiD(), SiDA(), DMD2())
+    other = ScoreDistillationConfig(
+        method="sida", alpha=0.7, adversarial=0.2, levels=(0.1, 5.0), level_draw="uniform", guidance="zero"
+    ).make()
+    assert (other.alpha, other.adversarial, other.freeze_images) == (0.7, 0.2, SiDA().freeze_images)
+    assert (other.levels.kind, other.levels.least, other.levels.greatest) == ("uniform", 0.1, 5.0)
+    assert other.guidance == GuidanceScales.of_mode("zero")
+    assert ScoreDistillationConfig(num_steps=2).input_levels() == (2.5, 1.25)
+    assert ScoreDistillationConfig(method="dmd2").input_levels() == (80.0,)
+    assert ScoreDistillationConfig(input_level=10.0, num_steps=4).input_levels() == (10.0, 7.5, 5.0, 2.5)
+
+
+STAGES = [DenoisingConfig(), ScoreDistillationConfig(method="dmd2", levels=(0.1, 9.0), fake_betas=(0.5, 0.9))]
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.kind)
+def test_kinds_of_stages_survive_json(stage):
+    config = RunConfig(stage=stage)
+    values = json.loads(json.dumps(config.to_dict()))
+    assert values["stage"]["kind"] == stage.kind
+    assert RunConfig.from_dict(values) == config
+
+
+def test_runs_from_before_there_were_kinds_denoise():
+    values = RunConfig().to_dict()
+    del values["stage"]["kind"]
+    assert RunConfig.from_dict(values) == RunConfig()
+    assert differences(RunConfig.from_dict(values).to_dict(), RunConfig().to_dict()) == []
+
+
+def test_a_kind_that_nobody_knows():
+    values = RunConfig().to_dict()
+    values["stage"]["kind"] = "flow-matching"
+    with pytest.raises(ValueError, match="no stage of kind 'flow-matching'; another version of the package wrote it"):
+        RunConfig.from_dict(values)
+    values["stage"]["kind"] = "score-distillation"
+    with pytest.raises(ValueError, match=r"ScoreDistillationConfig has no label_drop, mask"):
+        RunConfig.from_dict(values)
+
+
+def test_kinds_differ():
+    old, new = (RunConfig(stage=stage).to_dict() for stage in STAGES)
+    assert "stage.kind: denoising -> score-distillation" in differences(old, new)
 
 
 def test_diffusion_config_says_what_the_objective_gets():

@@ -3,10 +3,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from maskdm_fast import distill
 from maskdm_fast.diffusion import PatchMask
-from maskdm_fast.models import UViTConfig
+from maskdm_fast.distill import Generator
+from maskdm_fast.models import UViT, UViTConfig
 from maskdm_fast.train import RunConfig
-from maskdm_fast.train.config import DenoisingConfig, DiffusionConfig
+from maskdm_fast.train.config import DenoisingConfig, DiffusionConfig, ScoreDistillationConfig
 from maskdm_fast.train.generation import generate, make_denoiser
 from maskdm_fast.train.stages import Batch, build_stage
 from maskdm_fast.train.world import World
@@ -70,3 +72,38 @@ def test_the_denoiser_is_that_of_the_run():
     config = replace(CONFIG, diffusion=DiffusionConfig("edm", "x0"))
     denoiser = make_denoiser(config, build_stage(config, World(CPU)).pieces()["model"], CPU)
     assert denoiser.prediction == "x0" and denoiser.schedule.num_timesteps is None
+
+
+@pytest.mark.parametrize("trained_steps", ["all", "one"])
+def test_a_student_is_sampled_in_its_own_steps(trained_steps):
+    stage = ScoreDistillationConfig(num_steps=2, trained_steps=trained_steps)
+    config = replace(CONFIG, diffusion=DiffusionConfig(prediction="v"), stage=stage)
+    tensors = UViT(config.model, seed=3).state_dict()
+    images = generate(config, tensors, 5, seed=7, first_slot=2, batch_size=2, device=CPU)
+    denoiser = make_denoiser(config, tensors, CPU)
+    shape = {"image_size": 8, "channels": 3, "patch_size": 4, "seed": 7}
+    labels = torch.arange(2, 7) % 3
+    student = Generator(denoiser, (4, 48), (2.5, 1.25))
+    wanted = distill.generate(student, num_images=5, first_slot=2, labels=labels, batch_size=5, **shape)
+    assert (images.int() - wanted.int()).abs().max() <= 1  # the order of sums depends on the batch
+    assert torch.equal(
+        generate(config, tensors, 5, num_steps=2, seed=7, first_slot=2, batch_size=2, device=CPU), images
+    )
+    with pytest.raises(ValueError, match="the run is a generator of 2 steps, but 1 were asked for"):
+        generate(config, tensors, 1, num_steps=1, device=CPU)
+    for option in ({"sampler": "heun"}, {"eta": 0.5}, {"guidance": 2.0}, {"guidance_interval": (0.1, 1.0)}):
+        with pytest.raises(ValueError, match="the run is a generator, which has its own sampler: leave out sampler"):
+            generate(config, tensors, 1, device=CPU, **option)
+
+
+def test_latents_of_a_student_have_the_scale_of_the_autoencoder():
+    model = replace(CONFIG.model, channels=4, num_classes=0)
+    config = replace(CONFIG, model=model, diffusion=DiffusionConfig(prediction="v"), stage=ScoreDistillationConfig())
+    scaled = replace(config, latent_scale=0.25, latent_shift=0.5)
+    tensors = UViT(model, seed=3).state_dict()
+    latents = generate(scaled, tensors, 3, seed=7, device=CPU)
+    assert latents.shape == (3, 4, 8, 8) and latents.dtype == torch.float16
+    pixels = generate(config, tensors, 3, seed=7, device=CPU).permute(
+        0, 3, 1, 2
+    )  # the same, rounded and cut to [-1, 1]
+    assert (((latents.float() - 0.5) * 0.25).clamp(-1, 1) - (pixels / 127.5 - 1)).abs().max() < 0.01
