@@ -4,6 +4,7 @@ import dataclasses
 
 from maskdm_fast.ops import backend
 from maskdm_fast.train.config import MachineConfig, RunConfig
+from maskdm_fast.train.distill_config import DistillationConfig
 from maskdm_fast.train.memory import ENGINES, Memory, Place, gigabytes, memory_per_rank
 from maskdm_fast.train.plan import plan_of
 
@@ -28,6 +29,8 @@ def check_engine(config: RunConfig, engine: str, world_size: int) -> None:
         raise ValueError(f"engine plain is one process, but there are {world_size}; use --engine ddp")
     if engine == "ddp" and world_size == 1:
         raise ValueError("engine ddp is for several processes, but there is one; start it with torchrun, or use plain")
+    if machine.cuda_graph and isinstance(config.stage, DistillationConfig):
+        raise ValueError("cuda_graph records denoising only, not distillation; leave out --cuda-graph")
     if engine in ("plain", "ddp"):
         return
     if backend.package_versions()["deepspeed"] is None:

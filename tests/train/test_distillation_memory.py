@@ -130,3 +130,9 @@ def test_what_does_not_fit_may_fit_offloaded(monkeypatch):
     with pytest.raises(ValueError, match="no engine fits") as caught:
         choose_engine(alone, 1, 0.95 * size, math.inf)
     assert "--offload-idle" not in str(caught.value)
+
+
+@pytest.mark.parametrize("engine", ["auto", "plain"])
+def test_distillation_is_not_recorded(engine):
+    with pytest.raises(ValueError, match="leave out --cuda-graph"):
+        choose_engine(run_of("sid", cuda_graph=True, engine=engine), 1, 80e9, math.inf)
