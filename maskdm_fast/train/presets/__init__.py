@@ -25,6 +25,8 @@ FAMILIES: dict[str, tuple[Preset, ...]] = {
         distilled.emoji32_distill_sid,
         distilled.emoji32_distill_sida,
         distilled.emoji32_distill_dmd2,
+        distilled.emoji32_distill_progressive,
+        distilled.emoji32_distill_dxmi,
     ),
     "photos at 64 and 128 px, as MaskDM on CelebA (give --data FOLDER)": (
         celeba.small64,

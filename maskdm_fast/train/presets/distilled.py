@@ -2,8 +2,15 @@
 
 from dataclasses import replace
 
-from maskdm_fast.train.config import OutputConfig, RunConfig, ScoreDistillationConfig
+from maskdm_fast.train.config import (
+    OutputConfig,
+    PolicyDistillationConfig,
+    Recipe,
+    RunConfig,
+    ScoreDistillationConfig,
+)
 from maskdm_fast.train.presets.emoji import emoji32
+from maskdm_fast.train.regression_config import progressive_stages
 
 _OUTPUT = OutputConfig(log_images=2_000, checkpoint_images=20_000, preview_images=64)
 
@@ -21,7 +28,7 @@ _SID = ScoreDistillationConfig(
 )
 
 
-def _student(stage: ScoreDistillationConfig) -> RunConfig:
+def _student(stage: ScoreDistillationConfig | PolicyDistillationConfig) -> RunConfig:
     teacher = emoji32()
     return RunConfig(model=teacher.model, diffusion=teacher.diffusion, output=_OUTPUT, stage=stage)
 
@@ -39,3 +46,39 @@ def emoji32_distill_sida() -> RunConfig:
 def emoji32_distill_dmd2() -> RunConfig:
     """A generator of one step by Distribution Matching (DMD2), with a discriminator."""
     return _student(replace(_SID, method="dmd2", num_images=16_000, alpha=None, input_level=2.5, fake_updates=1))
+
+
+def emoji32_distill_progressive() -> Recipe:
+    """Students of 16, 8, 4, 2 and 1 steps, each taught by the one before, the first by emoji32 (progressive)."""
+    stages = progressive_stages(
+        32,
+        1,
+        teacher="../emoji32",
+        num_images=4_000,
+        batch_size=32,
+        lr=2e-4,
+        warmup_images=320,
+        betas=(0.9, 0.99),
+        clip=1.0,
+        stratified=True,
+        ema_half_life_images=500,
+    )
+    teacher = emoji32()
+    return Recipe(model=teacher.model, diffusion=teacher.diffusion, output=_OUTPUT, stages=stages)
+
+
+def emoji32_distill_dxmi() -> RunConfig:
+    """A policy of ten steps and an energy that tells its images from emoji (DxMI)."""
+    return _student(
+        PolicyDistillationConfig(
+            num_images=4_000,
+            batch_size=32,
+            lr=3e-6,
+            sigma_lr=3e-4,
+            value_lr=1e-4,
+            value_width=32,
+            warmup_images=640,
+            num_policy_updates=2,
+            ema_half_life_images=500,
+        )
+    )
