@@ -19,9 +19,9 @@ from maskdm_fast.train.stage_config import StageConfig, check
 
 _BELONGS = {
     "num_steps": ("progressive",),
-    "prediction": ("guided",),
+    "predicts": ("guided",),
     "label_drop": ("guided",),
-    **dict.fromkeys(("timesteps", "lognormal_mean", "lognormal_std"), ("guided", "consistency")),
+    **dict.fromkeys(("level_draw", "level_mean", "level_std"), ("guided", "consistency")),
     **dict.fromkeys(
         ("path", "solver", "huber", "images_per_stage", "num_stages", "gap_factor", "sampling_levels"),
         ("consistency",),
@@ -43,7 +43,7 @@ class RegressionConfig(DistillationConfig):
     step leads where two of the teacher do; consistency: from every noise level straight to the image."""
     num_steps: int | None = None
     """progressive: steps of the student, half those of its teacher. It wants to be set."""
-    prediction: Literal["eps", "x0", "v", "flow", "edm"] | None = None
+    predicts: Literal["eps", "x0", "v", "flow", "edm"] | None = None
     """guided: what the student predicts. None: the same as its teacher. Of a teacher of eps, progressive distillation
     wants a student of v first."""
     guidance: float = 1.0
@@ -60,15 +60,15 @@ class RegressionConfig(DistillationConfig):
     consistency, truncated-snr for the others, as published."""
     clip: float | None = None
     """Clip the teacher's estimates to this absolute value, 1 for images. None: do not."""
-    timesteps: Literal["uniform", "lognormal"] | None = None
-    """guided, consistency: how training times are drawn, as --diffusion.timesteps. None: uniform for guided, lognormal
-    for consistency."""
-    lognormal_mean: float | None = None
-    """timesteps lognormal: mean of ln(sigma/alpha). None: -1.2, for consistency -1.1."""
-    lognormal_std: float | None = None
-    """timesteps lognormal: standard deviation of ln(sigma/alpha). None: 1.2, for consistency 2."""
-    stratified: bool = False
-    """Spread the times of each batch evenly, which makes its loss less noisy."""
+    level_draw: Literal["uniform", "lognormal"] | None = None
+    """guided, consistency: how noise levels are drawn, as times in training or normally in ln(sigma/alpha). None:
+    uniform for guided, lognormal for consistency."""
+    level_mean: float | None = None
+    """level_draw lognormal: mean of ln(sigma/alpha). None: -1.2, for consistency -1.1."""
+    level_std: float | None = None
+    """level_draw lognormal: standard deviation of ln(sigma/alpha). None: 1.2, for consistency 2."""
+    even_levels: bool = False
+    """Spread the levels of each batch evenly, which makes its loss less noisy."""
     path: Literal["teacher", "data"] = "teacher"
     """consistency: what leads from a noise level to the next lower one: the teacher's estimate (distillation), or the
     image itself (training, for which the teacher is no more than the beginning)."""
@@ -108,7 +108,7 @@ class RegressionConfig(DistillationConfig):
 
     def student_prediction(self, of_teacher: str) -> str:
         """See `DistillationConfig`."""
-        return of_teacher if self.prediction is None else self.prediction
+        return of_teacher if self.predicts is None else self.predicts
 
     def strength_of(self, scale: float) -> float:
         """The weight w that a student is told for a guidance of this scale.
@@ -158,7 +158,7 @@ class RegressionConfig(DistillationConfig):
             "told_teacher": told_teacher,
             **({} if self.weight is None else {"weight": self.weight}),
         }
-        num_strata = self.batch_size if self.stratified else None
+        num_strata = self.batch_size if self.even_levels else None
         if self.method == "progressive":
             return ProgressiveDistillation(**shared, num_steps=self.num_steps, num_strata=num_strata)
         if self.method == "guided":
@@ -166,11 +166,11 @@ class RegressionConfig(DistillationConfig):
         else:
             mapping = StepMapping(-(-self.images_per_stage // self.batch_size), self.num_stages, self.gap_factor)
             method = ConsistencyDistillation(**shared, mapping=mapping, solver=self.solver, huber=self.huber)
-        given = {"kind": self.timesteps, "mean": self.lognormal_mean, "std": self.lognormal_std}
+        given = {"kind": self.level_draw, "mean": self.level_mean, "std": self.level_std}
         given = {name: value for name, value in given.items() if value is not None}
         draw = dataclasses.replace(method.timesteps, **given, num_strata=num_strata)
         if draw.kind != "lognormal" and given.keys() & {"mean", "std"}:
-            raise ValueError(f"timesteps is {draw.kind}, which has no lognormal_mean or lognormal_std; leave them out")
+            raise ValueError(f"level_draw is {draw.kind}, which has no level_mean or level_std; leave them out")
         return dataclasses.replace(method, timesteps=draw)
 
     def check_teacher(self, teacher: StageConfig) -> None:
@@ -213,8 +213,8 @@ class RegressionConfig(DistillationConfig):
             steps = self.num_steps
             check("num_steps", steps, steps is not None and steps >= 1, "the steps of the student, 1 or more")
         elif self.method == "guided":
-            if self.strengths is None and self.guidance == 1.0 and self.prediction is None:
-                raise ValueError("method guided has nothing to learn: set strengths, guidance or prediction")
+            if self.strengths is None and self.guidance == 1.0 and self.predicts is None:
+                raise ValueError("method guided has nothing to learn: set strengths, guidance or predicts")
             check("label_drop", self.label_drop, 0 <= self.label_drop <= 1, "a number from 0 to 1")
             if self.label_drop and self.strengths is not None:
                 raise ValueError("label_drop is for a student without strengths; leave out one of them")

@@ -24,10 +24,10 @@ DRAW_CONSISTENCY = {"images_per_stage": 4, "num_stages": 3}
 
 CASES = {
     "guided": {"method": "guided", "strengths": TOLD},
-    "guided, v of eps": {"method": "guided", "strengths": TOLD, "prediction": "v", "teacher_predicts": "eps"},
-    "not told": {"method": "guided", "guidance": 2.0, "prediction": "x0", "timesteps": "lognormal", "weight": "edm"},
-    "not told, drops labels": {"method": "guided", "prediction": "x0", "label_drop": 0.5, "hflip": 0.5},
-    "progressive": {"method": "progressive", "num_steps": 4, "num_classes": 0, "stratified": True},
+    "guided, v of eps": {"method": "guided", "strengths": TOLD, "predicts": "v", "teacher_predicts": "eps"},
+    "not told": {"method": "guided", "guidance": 2.0, "predicts": "x0", "level_draw": "lognormal", "weight": "edm"},
+    "not told, drops labels": {"method": "guided", "predicts": "x0", "label_drop": 0.5, "hflip": 0.5},
+    "progressive": {"method": "progressive", "num_steps": 4, "num_classes": 0, "even_levels": True},
     "progressive, told": {"method": "progressive", "num_steps": 2, "strengths": TOLD, "clip": 1.0},
     "progressive, guided": {"method": "progressive", "num_steps": 1, "guidance": 3.0},
     "consistency": {**DRAW_CONSISTENCY, "path": "data", "num_classes": 0},

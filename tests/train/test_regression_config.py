@@ -5,9 +5,11 @@ from dataclasses import replace
 
 import pytest
 
+from maskdm_fast import cli
 from maskdm_fast.diffusion import Guidance, TimestepDraw
 from maskdm_fast.distill import ConsistencyDistillation, GuidedDistillation, ProgressiveDistillation, StepMapping
 from maskdm_fast.models import UViTConfig
+from maskdm_fast.train import PRESETS
 from maskdm_fast.train.config import DenoisingConfig, Recipe, RegressionConfig, RunConfig, ScoreDistillationConfig
 from maskdm_fast.train.regression_config import progressive_stages
 
@@ -27,8 +29,8 @@ MADE = {
             "solver": "heun",
             "huber": 0.03,
             "weight": "edm",
-            "timesteps": "uniform",
-            "stratified": True,
+            "level_draw": "uniform",
+            "even_levels": True,
             "guidance": 2.0,
         },
         ConsistencyDistillation(
@@ -46,11 +48,11 @@ MADE = {
         GuidedDistillation(patch_size=4, strengths=(0.0, 4.0)),
     ),
     "guided": (
-        {"method": "guided", "prediction": "v", "timesteps": "lognormal", "lognormal_mean": 0.5, "hflip": 0.5},
+        {"method": "guided", "predicts": "v", "level_draw": "lognormal", "level_mean": 0.5, "hflip": 0.5},
         GuidedDistillation(patch_size=4, strengths=None, timesteps=TimestepDraw("lognormal", 0.5, 1.2), hflip=0.5),
     ),
     "progressive": (
-        {"method": "progressive", "num_steps": 8, "weight": "snr-plus-one", "clip": 1.0, "stratified": True},
+        {"method": "progressive", "num_steps": 8, "weight": "snr-plus-one", "clip": 1.0, "even_levels": True},
         ProgressiveDistillation(patch_size=4, num_steps=8, weight="snr-plus-one", clip=1.0, num_strata=128),
     ),
 }
@@ -78,13 +80,13 @@ WRONG = {
         "method progressive has no images_per_stage, which is for consistency",
     ),
     "times of progressive": (
-        {"method": "progressive", "num_steps": 4, "timesteps": "uniform"},
-        "method progressive has no timesteps, which is for guided and consistency",
+        {"method": "progressive", "num_steps": 4, "level_draw": "uniform"},
+        "method progressive has no level_draw, which is for guided and consistency",
     ),
-    "another prediction": ({"prediction": "v"}, "method consistency has no prediction, which is for guided"),
+    "another prediction": ({"predicts": "v"}, "method consistency has no predicts, which is for guided"),
     "no steps": ({"method": "progressive"}, "num_steps is None, want the steps of the student, 1 or more"),
     "steps": ({"method": "progressive", "num_steps": 0}, "num_steps is 0"),
-    "nothing": ({"method": "guided"}, "nothing to learn: set strengths, guidance or prediction"),
+    "nothing": ({"method": "guided"}, "nothing to learn: set strengths, guidance or predicts"),
     "drop": ({"method": "guided", "guidance": 2.0, "label_drop": 2.0}, "label_drop is 2.0, want a number from 0 to 1"),
     "drop of the told": (
         {"method": "guided", "strengths": (0.0, 1.0), "label_drop": 0.1},
@@ -101,7 +103,7 @@ WRONG = {
     "stages": ({"num_stages": 0}, "num_stages is 0, want at least 1"),
     "huber": ({"huber": 0.0}, "huber is 0.0, want more than 0"),
     "weight": ({"method": "progressive", "num_steps": 4, "weight": "gap"}, "unknown weight 'gap', want one of none"),
-    "lognormal": ({"timesteps": "uniform", "lognormal_std": 1.0}, "timesteps is uniform, which has no lognormal_mean"),
+    "lognormal": ({"level_draw": "uniform", "level_std": 1.0}, "level_draw is uniform, which has no level_mean"),
     "clip": ({"clip": -1.0}, "clip is -1.0, want the bound of the images, or None"),
     "rate": ({"lr": 0.0}, "lr is 0.0"),
 }
@@ -115,7 +117,7 @@ def test_what_cannot_work_is_refused(options, message):
 
 @pytest.mark.parametrize(
     "options",
-    [{"strengths": (0.0, 1.0)}, {"guidance": 2.0}, {"method": "guided", "prediction": "v", "label_drop": 0.1}],
+    [{"strengths": (0.0, 1.0)}, {"guidance": 2.0}, {"method": "guided", "predicts": "v", "label_drop": 0.1}],
 )
 def test_guidance_wants_classes(options):
     config = RunConfig(model=replace(MODEL, num_classes=0), stage=RegressionConfig(**options))
@@ -127,13 +129,13 @@ def test_guidance_wants_classes(options):
 def test_steps_and_predictions_of_students():
     assert RegressionConfig(method="progressive", num_steps=4).sampling_steps == 4
     assert RegressionConfig(sampling_levels=(1.0, 0.5)).sampling_steps == 3
-    guided = RegressionConfig(method="guided", prediction="v")
+    guided = RegressionConfig(method="guided", predicts="v")
     assert guided.sampling_steps == DenoisingConfig().sampling_steps
     assert guided.student_prediction("eps") == "v" and RegressionConfig().student_prediction("x0") == "x0"
 
 
 TOLD = RegressionConfig(method="guided", strengths=(0.0, 4.0))
-PLAIN = RegressionConfig(method="guided", prediction="v")
+PLAIN = RegressionConfig(method="guided", predicts="v")
 EIGHT = RegressionConfig(method="progressive", num_steps=8)
 
 
@@ -193,3 +195,18 @@ def test_rounds_halve_the_steps():
         assert student.num_images == 100
     with pytest.raises(ValueError, match="6 steps cannot be halved down to 2"):
         progressive_stages(6, 2)
+
+
+def test_options_on_the_command_line(monkeypatch):
+    """Those of one run stand beside the options of model and diffusion, those of a round carry its name."""
+    monkeypatch.setitem(PRESETS, "one", lambda: RunConfig(stage=RegressionConfig()))
+    monkeypatch.setitem(PRESETS, "rounds", lambda: Recipe(stages=progressive_stages(8, 2)))
+    stage = cli._train_options("one", ["--sampling-levels", "2", "0.5", "--path", "data", "--level-std", "1"])[0].stage
+    assert (stage.sampling_levels, stage.path, stage.level_std) == ((2.0, 0.5), "data", 1.0)
+    told = ["--method", "guided", "--strengths", "0", "4", "--predicts", "v", "--class-conditional"]
+    config = cli._train_options("one", told)[0]
+    assert (config.stage.strengths, config.stage.predicts, config.diffusion.prediction) == ((0.0, 4.0), "v", "eps")
+    rounds = dict(cli._train_options("rounds", ["--steps2.num-images", "77"])[0].stages)
+    assert [rounds[name].num_images for name in ("steps4", "steps2")] == [1_000_000, 77]
+    with pytest.raises(ValueError, match="method consistency has no num_steps"):
+        cli._train_options("one", ["--num-steps", "4"])

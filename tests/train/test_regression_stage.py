@@ -37,13 +37,13 @@ def method_of(config: RunConfig, told_teacher: bool = False) -> Callable[..., di
     shared |= {"strengths": stage.strengths, "told_teacher": told_teacher, "clip": stage.clip}
     shared |= {} if stage.weight is None else {"weight": stage.weight}
     if stage.method == "progressive":
-        strata = stage.batch_size if stage.stratified else None
+        strata = stage.batch_size if stage.even_levels else None
         return distill.ProgressiveDistillation(**shared, num_steps=stage.num_steps, num_strata=strata)
     if stage.method == "guided":
         method = distill.GuidedDistillation(**shared)
-        if stage.timesteps is None:
+        if stage.level_draw is None:
             return method
-        return replace(method, timesteps=replace(method.timesteps, kind=stage.timesteps))
+        return replace(method, timesteps=replace(method.timesteps, kind=stage.level_draw))
     mapping = distill.StepMapping(1, stage.num_stages)
     return distill.ConsistencyDistillation(**shared, mapping=mapping, solver=stage.solver, huber=stage.huber)
 

@@ -31,7 +31,7 @@ def test_a_student_that_is_told_teaches_the_next(make, monkeypatch):
     train(stage, config)
     for num_steps in (4, 2):
         teacher = student_of(config, stage)
-        options = {"method": "progressive", "num_steps": num_steps, "strengths": (1.0, 2.0), "prediction": None}
+        options = {"method": "progressive", "num_steps": num_steps, "strengths": (1.0, 2.0), "predicts": None}
         config = replace(config, stage=replace(config.stage, **options))
         stage = build_stage(config, WORLD, None, teacher)
         assert all(torch.equal(stage.pieces()["model"][name], tensor) for name, tensor in teacher.tensors.items())
@@ -131,7 +131,7 @@ def test_a_recipe_from_noise_to_one_step(make_config, tmp_path):
     base = make_config()
     stages = [("pretrain", replace(base.stage, num_images=8))]
     common = {"num_images": 8, "batch_size": 4}
-    stages.append(("convert", RegressionConfig(method="guided", prediction="v", **common)))
+    stages.append(("convert", RegressionConfig(method="guided", predicts="v", **common)))
     stages += progressive_stages(4, 1, **common)
     recipe = Recipe(**{f.name: getattr(base, f.name) for f in dataclasses.fields(Recipe) if f.name != "stages"},
                     stages=tuple(stages))  # fmt: skip

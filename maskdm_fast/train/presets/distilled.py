@@ -60,7 +60,7 @@ def emoji32_distill_progressive() -> Recipe:
         warmup_images=320,
         betas=(0.9, 0.99),
         clip=1.0,
-        stratified=True,
+        even_levels=True,
         ema_half_life_images=500,
     )
     teacher = emoji32()
