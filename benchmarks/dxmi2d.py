@@ -71,12 +71,12 @@ class Recipe:
         projections: directions of the sliced distance.
     """
 
-    iterations: int = 2500
+    iterations: int = 6000
     batch: int = 128
     pretrain_steps: int = 1000
     value_lr: float = 2e-3
-    policy_lr: float = 1e-3
-    sigma_lr: float = 2e-2
+    policy_lr: float = 7e-4
+    sigma_lr: float = 1e-2
     clip: float = 0.1
     ema: float = 0.995
     evaluate: int = 10_000
@@ -157,7 +157,8 @@ def train(tau: float, pretrained: bool, seed: int, recipe: Recipe) -> tuple[Gaus
         entropy_in_value=None,
         velocity_in_value=0,
         time_cost="none",
-        num_policy_updates=NUM_STEPS,
+        # The values have to keep ahead of the policy: with as many updates of it the two circle each other at tau 0.
+        num_policy_updates=1,
     )
     sigma = {"params": [policy.log_sigma], "lr": recipe.sigma_lr}
     optimizers = {
