@@ -145,7 +145,7 @@ def load_trained(name: str, folder: Path, which: Literal["ema", "raw"], config: 
     Raises:
         As `load_weights`.
     """
-    beside = folder.parent / name
+    beside = Path(os.path.normpath(folder.parent / name))  # of folders that are not there yet, ../ leads out, too
     path = beside if beside.exists() else Path(name)
     try:
         if is_official(path) and not is_exported(path):
