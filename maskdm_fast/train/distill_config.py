@@ -146,6 +146,8 @@ class ScoreDistillationConfig(DistillationConfig):
     def validate(self, model: UViTConfig, *, has_classes: bool) -> None:
         """As `StageConfig`."""
         super().validate(model, has_classes=has_classes)
+        if self.optimizer == "lamb":
+            raise ValueError("optimizer is lamb, which always keeps an average; the fake network has none: want adamw")
         self.make()
         self.input_levels()
         for name in ("input_level", "fake_updates", "fake_lr", "max_grad_value"):
