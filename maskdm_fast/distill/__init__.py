@@ -17,7 +17,7 @@ from maskdm_fast.distill.fake_score import FakeScore
 from maskdm_fast.distill.generator import Generator, generate
 from maskdm_fast.distill.guided import GuidedDistillation, GuidedNetwork
 from maskdm_fast.distill.levels import LevelDraw, falling_levels, time_of_level
-from maskdm_fast.distill.method import Alternation, Method, ema_decay
+from maskdm_fast.distill.method import Alternation, Method
 from maskdm_fast.distill.networks import GuidanceScales, Networks, clean_gradients, frozen
 from maskdm_fast.distill.progressive import ProgressiveDistillation, halvings, progressive_transitions
 from maskdm_fast.distill.regression import Regression
@@ -54,7 +54,6 @@ __all__ = [
     "clean_gradients",
     "consistency_transitions",
     "ddpm_policy",
-    "ema_decay",
     "falling_levels",
     "frozen",
     "generate",

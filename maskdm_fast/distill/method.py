@@ -100,18 +100,3 @@ class Alternation:
     def generator_number(self, step: int) -> int:
         """That of the generator's update."""
         return 2 * step + 1
-
-
-def ema_decay(batch_size: int, half_life_images: float, images_seen: int, ramp: float = 0.05) -> float:
-    """``0.5^(batch_size / min(half_life_images, ramp images_seen))``: a memory that grows with the run, up to a bound.
-
-    Args:
-        batch_size: global, images for each update.
-        half_life_images: of the average, in images.
-        images_seen: before this update; at 0 the average is the weights themselves.
-        ramp: share of the images seen that the half-life never exceeds.
-
-    Source: Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models", NeurIPS 2022, whose code
-    those of the methods here follow.
-    """
-    return 0.5 ** (batch_size / max(min(half_life_images, ramp * images_seen), 1e-8))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from maskdm_fast.diffusion import DiscreteSchedule, make_schedule
-from maskdm_fast.distill import Alternation, LevelDraw, ema_decay, falling_levels, time_of_level
+from maskdm_fast.distill import Alternation, LevelDraw, falling_levels, time_of_level
 from maskdm_fast.random import Stream
 
 SCHEDULES = ["linear", "cosine", "shifted-cosine", "vp", "flow", "edm"]
@@ -143,9 +143,3 @@ def test_every_update_has_its_own_number_and_the_fake_network_comes_first():
     assert numbers == [0, 2, 4, 6, 8, 9, 10, 12, 14, 16, 18, 19]
     with pytest.raises(ValueError, match="fake_updates is 0, want at least 1"):
         Alternation(0)
-
-
-def test_ema_by_half_life():
-    assert ema_decay(256, 500_000, 10**9) == 0.5 ** (256 / 500_000)
-    assert ema_decay(256, 500_000, 100_000) == 0.5 ** (256 / 5_000)
-    assert ema_decay(256, 500_000, 0) == 0.0
