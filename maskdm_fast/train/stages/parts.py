@@ -6,6 +6,7 @@ import math
 import sys
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from maskdm_fast.diffusion import Denoiser
@@ -168,6 +169,16 @@ def distance_by_level(denoiser: Denoiser, t: Tensor, distance: Tensor) -> Tensor
     place = sum((level >= edge).to(torch.int64) for edge in LEVEL_EDGES)
     inside = (place[:, None] == torch.arange(len(LEVEL_NAMES), device=t.device)).to(distance.dtype)  # [B, bins]
     return torch.stack((distance @ inside, inside.sum(0)))
+
+
+def mean_of_processes(values: Tensor, world: World) -> Tensor:
+    """The mean of tensors that all processes have, where they are; the host waits for nothing."""
+    if world.world_size == 1:
+        return values
+    total = values.clone()
+    with world.timer.part("communication"):
+        dist.all_reduce(total)
+    return total / world.world_size
 
 
 @functools.lru_cache(maxsize=64)

@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from maskdm_fast import ops, random
@@ -26,6 +25,7 @@ from maskdm_fast.train.stages.parts import (
     engine_of,
     evaluation_flops,
     initial_values,
+    mean_of_processes,
     meta_network,
     optimizer_settings,
     preview,
@@ -170,7 +170,7 @@ class PolicyDistillationStage:
         with self._world.timer.part("forward"):
             micros = [self._explore(batch, step, len(batch.slots) / share) for batch in batches]
         moves = sum(micro.weight * micro.trajectory.moves for micro in micros)
-        self._s2 = adapt_velocity(self._s2, self._mean_of_processes(moves), self._method.avr_decay)
+        self._s2 = adapt_velocity(self._s2, mean_of_processes(moves, self._world), self._method.avr_decay)
         sigmas = self._sigmas.module.all_log_sigma().detach().exp()
         found: dict[str, list[Tensor]] = {}
         for of_policy, updates in itertools.groupby(self._method.updates(), lambda update: update.network == "policy"):
@@ -207,14 +207,6 @@ class PolicyDistillationStage:
             **where,
         )
         return _Micro(data, draws, trajectory, weight)
-
-    def _mean_of_processes(self, values: Tensor) -> Tensor:
-        """Where they are; waits for nothing."""
-        if self._world.world_size == 1:
-            return values
-        with self._world.timer.part("communication"):
-            dist.all_reduce(values)
-        return values / self._world.world_size
 
     def _update(self, update: Update, micros: Sequence[_Micro], step: int) -> dict[str, Tensor]:
         """One optimizer step of one network while the other is idle; means of its values over the micro-batches."""

@@ -27,6 +27,7 @@ from maskdm_fast.train.stages.parts import (
     evaluation_flops,
     frozen_teacher,
     initial_values,
+    mean_of_processes,
     meta_network,
     optimizer_settings,
     preview,
@@ -184,7 +185,8 @@ class ScoreDistillationStage:
                 means[name] = means.get(name, 0.0) + weight * value.detach()
         if "finite_share" in means:
             # A generator that makes no image at all any more has no loss either.
-            means["loss"] = torch.where(means["finite_share"] > 0, means["loss"], torch.nan)
+            finite = mean_of_processes(means["finite_share"], self._world) > 0
+            means["loss"] = torch.where(finite, means["loss"], torch.nan)
         self._wake(player)
         values: Values = {**means, **engine.step(lr)}
         self._rest(player)

@@ -16,6 +16,7 @@ from unittest import mock
 import torch
 
 from maskdm_fast.diffusion import MaskedObjective
+from maskdm_fast.distill import Generator
 from maskdm_fast.train import checkpoint, metrics, zero_engine
 from maskdm_fast.train.loss_scale import LossScale
 from maskdm_fast.train.stages import DenoisingStage
@@ -110,6 +111,19 @@ def factor_in_step(argument: dict[str, Any]) -> Iterator[None]:
         return {**out, "loss": out["loss"] * factor}
 
     with mock.patch.object(MaskedObjective, "__call__", multiplied):
+        yield
+
+
+@contextlib.contextmanager
+def no_images_of(slots: list[int]) -> Iterator[None]:
+    """A generator makes no images for these places in the global batch."""
+    for_training = Generator.for_training
+
+    def broken(generator, labels, **draw):
+        images = for_training(generator, labels, **draw)
+        return torch.where(torch.isin(draw["slots"], torch.tensor(slots))[:, None, None], torch.nan, images)
+
+    with mock.patch.object(Generator, "for_training", broken):
         yield
 
 
