@@ -18,12 +18,19 @@ from maskdm_fast.train import (
     export,
     load_weights,
     read_metrics,
+    scores,
     train,
     train_recipe,
 )
-from maskdm_fast.train.config import DiffusionConfig, ScoreDistillationConfig
+from maskdm_fast.train.config import (
+    DiffusionConfig,
+    PolicyDistillationConfig,
+    RegressionConfig,
+    ScoreDistillationConfig,
+)
 from maskdm_fast.train.generation import generate
-from maskdm_fast.train.stages import ScoreDistillationStage
+from maskdm_fast.train.stages import STAGES
+from tests.train.test_scores import MeanFeatures
 
 CPU = torch.device("cpu")
 CLOCK = {"seconds", "images_per_s", "tokens_per_s", "model_tflops", "peak_mib"}
@@ -32,9 +39,8 @@ CLOCK = {"seconds", "images_per_s", "tokens_per_s", "model_tflops", "peak_mib"}
 def ends_as(a: Path, b: Path) -> None:
     """Two runs have the same checkpoint, bit for bit, and the same curve."""
     first, second = checkpoint.newest(a), checkpoint.newest(b)
-    names = {path.name for path in first.path.glob("*.safetensors")}
-    groups = {"model", "ema", "optimizer", "fake_model", "fake_optimizer"}
-    assert names >= {f"{group}.safetensors" for group in groups}
+    names, others = ({path.name for path in each.path.glob("*.safetensors")} for each in (first, second))
+    assert names == others and len(names) >= 3
     for name in names:
         assert ((first.path / name).read_bytes() == (second.path / name).read_bytes()) is True, name
     curves = [
@@ -57,25 +63,28 @@ METHODS = {
     "dmd2": {"method": "dmd2", "fake_updates": 3, "input_level": 10.0, "micro_batch_size": 2},
     "fp16": {"precision": "fp16", "fake_updates": 3, "log_images": 4},
     "offloads": {"offload_idle": True},
+    "consistency": {"kind": RegressionConfig, "method": "consistency", "images_per_stage": 8, "num_stages": 3},
+    "dxmi": {"kind": PolicyDistillationConfig, "num_steps": 4, "value_width": 8},
 }
 
 
 @pytest.mark.parametrize("changes", METHODS.values(), ids=METHODS)
 def test_a_stop_in_between_changes_nothing(make_teacher, make_student, tmp_path, monkeypatch, changes):
-    """SIGTERM in the middle of step 3, when a line of the log is half done; the rest comes later, without the run that
-    the teacher came from."""
+    """SIGTERM in step 3, when a line of the log is half done; the rest comes later, without the run that the teacher
+    came from."""
     train(make_teacher(), tmp_path / "teacher")
     config = make_student(**{"num_images": 32, "log_images": 16, "checkpoint_images": 100, **changes})
     train(config, tmp_path / "whole")
-    update = ScoreDistillationStage._update
+    stage = STAGES[type(config.stage)]
+    take_step = stage.step
 
-    def stopped(stage, player, idle, loss, batches, number, *rest):
-        if number == 2 * 2:
+    def stopped(self, batches, step):
+        if step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return update(stage, player, idle, loss, batches, number, *rest)
+        return take_step(self, batches, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ScoreDistillationStage, "_update", stopped)
+        patch.setattr(stage, "step", stopped)
         result = train(config, tmp_path / "parts")
     assert (result.reason, result.step) == ("SIGTERM", 3)
     shutil.rmtree(tmp_path / "teacher")
@@ -102,9 +111,6 @@ def test_what_a_run_logs(make_teacher, make_student, tmp_path):
 
 def test_scores_and_previews_of_a_student(make_teacher, make_student, tmp_path, monkeypatch):
     """In its own steps, whatever the options for denoising runs say."""
-    from maskdm_fast.train import scores
-    from tests.train.test_scores import MeanFeatures
-
     monkeypatch.setattr(scores, "load_features", lambda name: MeanFeatures())
     train(make_teacher(), tmp_path / "teacher")
     output = {"score_images": 24, "score_num_images": 6, "score_steps": 50, "preview_images": 4}

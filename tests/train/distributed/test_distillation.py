@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from maskdm_fast.diffusion.masking import NoMask
-from maskdm_fast.train import RunConfig, checkpoint, read_metrics, train
+from maskdm_fast.train import RunConfig, checkpoint, load_weights, read_metrics, train
 from maskdm_fast.train.config import PolicyDistillationConfig, RegressionConfig
 from maskdm_fast.train.pieces import group_of
 from tests.train.distributed.conftest import ODD, on
@@ -185,6 +185,19 @@ def test_the_same_engine_goes_on_bit_for_bit(make_run, taught, finish):
     assert checkpoint.newest(folder).step == 3  # in the middle of a mean
     finish(config, folder)
     assert (state() == whole) is True  # without pytest's comparison of files
+
+
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_a_student_whose_turn_has_not_come(make_run, taught, finish, engine):
+    """Its average is what it began with, though DeepSpeed has never stepped its optimizer."""
+    config = make_run(**{**METHODS["sida"], "freeze_images": 10**6, "num_images": 24})
+    alone = taught(config)
+    run = alone.with_name(f"{alone.name}-{engine}")
+    finish(on(config, engine), run)
+    pictures = [(folder / "samples" / "step-00000003.png").read_bytes() for folder in (alone, run)]
+    assert (pictures[0] == pictures[1]) is True
+    teacher = load_weights(alone.with_name("teacher")).tensors
+    assert all(torch.equal(tensor, teacher[name]) for name, tensor in load_weights(run).tensors.items())
 
 
 def test_images_that_are_none(make_run, taught, launch, finish):
