@@ -62,7 +62,8 @@ def taught(make_config, finish, tmp_path_factory, request) -> Callable[[RunConfi
         teacher, key = made["folder"] / config.stage.teacher, json.dumps(config.to_dict())
         if not teacher.exists():
             learns = {"mask": NoMask(), "num_images": 80, "log_images": 80, "checkpoint_images": 80}
-            train(make_config(model=config.model, diffusion=config.diffusion, **learns), teacher)
+            same = {name: getattr(config, name) for name in ("model", "diffusion", "data", "class_conditional")}
+            train(make_config(**learns, **same, label_drop=0.1 if config.class_conditional else 0.0), teacher)
         if key not in made:
             made[key] = made["folder"] / str(len(made))
             finish(config, made[key], 1)
@@ -112,6 +113,10 @@ METHODS = {
     "sida": {"method": "sida", "freeze_images": 8, "adversarial_from": 16, "activation_checkpointing": True},
     "dmd2": {"method": "dmd2", "fake_updates": 2, "input_level": 10.0},
     "consistency": {"kind": RegressionConfig, "method": "consistency", "images_per_stage": 16, "num_stages": 3},
+    "guided": {
+        **{"kind": RegressionConfig, "method": "guided", "strengths": (0.5, 3.0)},
+        **{"teacher": "with classes", "class_conditional": True},
+    },
     "dxmi": {**DXMI, "value": "vit", "value_depth": 1, "value_heads": 2},
     "dxmi, convolutions": {**DXMI, "teacher": "even", "model": replace(ODD, image_size=8, patch_size=4)},
 }
@@ -120,15 +125,17 @@ CASES = [
     ("sida", "ddp", None),
     *(("dmd2", engine, micro) for engine, micro in (("ddp", None), ("zero3-offload", 2))),
     *(("consistency", engine, micro) for engine, micro in (("ddp", 2), ("zero3", None))),
+    ("guided", "zero3", 2),
     *(("dxmi", engine, micro) for engine, micro in (("ddp", None), ("zero1", 2), ("zero3", None))),
     ("dxmi, convolutions", "zero2", None),
 ]
 
 
 @pytest.mark.parametrize(("method", "engine", "micro"), CASES)
-def test_fp32(make_run, taught, finish, method, engine, micro):
-    config = make_run(engine, micro_batch_size=micro, **METHODS[method])
-    alone = taught(make_run(**METHODS[method]))
+def test_fp32(make_run, class_folder, taught, finish, method, engine, micro):
+    changes = METHODS[method] | ({"data": str(class_folder)} if method == "guided" else {})
+    config = make_run(engine, micro_batch_size=micro, **changes)
+    alone = taught(make_run(**changes))
     run = alone.with_name(f"{alone.name}-{engine}")
     finish(config, run)
     assert_equal_but_for_rounding(alone, run)
