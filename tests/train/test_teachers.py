@@ -188,5 +188,6 @@ def test_latents_of_another_scale(make_student):
     config = replace(make_student(), latent_scale=0.18, latent_shift=0.1)
     teacher = teacher_of(config)
     check_teacher(config, teacher)
-    with pytest.raises(ValueError, match=r"knows .*scale=0\.18, shift=0\.1.*but the data set has .*scale=0\.36, shift=0\.1"):
+    words = r"knows .*scale=0\.18, shift=0\.1.*but the data set has .*scale=0\.36, shift=0\.1"
+    with pytest.raises(ValueError, match=words):
         check_teacher(replace(config, latent_scale=0.36), teacher)
