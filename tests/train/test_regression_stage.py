@@ -252,7 +252,7 @@ def test_a_student_begins_as_its_teacher(make):
 def test_what_cannot_be_distilled(make, changes, message):
     config, teacher = make(**changes)
     with pytest.raises(ValueError, match=message):
-        RegressionStage.build(config, WORLD, None, teacher)
+        build_stage(config, WORLD, None, teacher)
 
 
 def test_a_run_that_is_not_the_student_of_its_teacher(make):

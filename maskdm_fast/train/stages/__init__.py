@@ -13,6 +13,7 @@ from maskdm_fast.train.config import (
     RunConfig,
     ScoreDistillationConfig,
 )
+from maskdm_fast.train.distill_config import DistillationConfig
 from maskdm_fast.train.engine_choice import check_engine
 from maskdm_fast.train.stages.base import Batch, Stage
 from maskdm_fast.train.stages.denoising import DenoisingStage
@@ -42,6 +43,8 @@ def build_stage(
         engine = "plain" if world.world_size == 1 else "ddp"
         config = replace(config, machine=replace(config.machine, engine=engine))
     check_engine(config, config.machine.engine, world.world_size)
+    if isinstance(config.stage, DistillationConfig) and teacher is None:
+        raise ValueError("a distillation needs a teacher")
     return STAGES[type(config.stage)].build(config, world, weights, teacher)
 
 

@@ -134,15 +134,11 @@ class PolicyDistillationStage:
         cls, config: RunConfig, world: World, weights: Weights | None, teacher: Weights | None = None
     ) -> "PolicyDistillationStage":
         stage, machine = config.stage, config.machine
-        if machine.cuda_graph:
-            raise ValueError("cuda_graph records denoising only, not distillation; leave out --cuda-graph")
         if config.precision == "fp16":
             raise ValueError(
                 "policy distillation steps the policy's network and its noise after one backward pass, for which there "
                 "is no common loss scale; use --precision bf16"
             )
-        if teacher is None:
-            raise ValueError("a distillation needs a teacher")
         check_teacher(config, teacher)
         settings = optimizer_settings(config)
         network = meta_network(config)

@@ -75,10 +75,6 @@ class RegressionStage:
         cls, config: RunConfig, world: World, weights: Weights | None, teacher: Weights | None = None
     ) -> "RegressionStage":
         stage = config.stage
-        if config.machine.cuda_graph:
-            raise ValueError("cuda_graph records denoising only, not distillation; leave out --cuda-graph")
-        if teacher is None:
-            raise ValueError("a distillation needs a teacher")
         check_teacher(config, teacher)
         network = meta_network(config)
         if stage.method == "progressive":

@@ -95,10 +95,6 @@ class ScoreDistillationStage:
     def build(
         cls, config: RunConfig, world: World, weights: Weights | None, teacher: Weights | None = None
     ) -> "ScoreDistillationStage":
-        if config.machine.cuda_graph:
-            raise ValueError("cuda_graph records denoising only, not distillation; leave out --cuda-graph")
-        if teacher is None:
-            raise ValueError("a distillation needs a teacher")
         check_teacher(config, teacher)
         stage = config.stage
         max_grad_value = None if config.precision == "fp16" else stage.max_grad_value
