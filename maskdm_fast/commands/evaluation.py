@@ -35,6 +35,7 @@ from maskdm_fast.eval import (
 from maskdm_fast.eval.grid import png_bytes
 from maskdm_fast.eval.manifold import DENSITY_NEIGHBOURS
 from maskdm_fast.train.checkpoint import write_json_atomic
+from maskdm_fast.train.config import NO_DATA
 from maskdm_fast.train.extras import require
 from maskdm_fast.train.metrics import git_commit, machine, package_versions
 from maskdm_fast.train.progress import step_bar
@@ -246,10 +247,10 @@ class Evaluation:
 def _reference_name(options: EvaluateOptions, sides: Sequence[Side]) -> str:
     if options.data is not None:
         return options.data
-    trained_on = {side.weights.config.data for side in sides if side.weights is not None}
+    trained_on = {side.weights.config.data for side in sides if side.weights is not None} - {NO_DATA}
     if not trained_on:
         names = ", ".join(options.sets)
-        raise ValueError(f"{names}: no run, so --data must say which real images to compare with")
+        raise ValueError(f"{names}: no run with a data set, so --data must say which real images to compare with")
     if len(trained_on) > 1:
         raise ValueError(
             f"the runs were trained on {', '.join(sorted(trained_on))}: --data must say which to compare with"

@@ -106,3 +106,11 @@ def test_errors(grey_run, real, run, capsys, options, message):
     common = ("--data", real, "--channels", 1, "--device", "cpu", "--num-images", 8, "--batch-size", 4)
     assert run("train", "emoji32-distill-sid", "--teacher", grey_run, *common, *options, "--out", "run") == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_student_without_data_is_scored_against_a_set_that_is_named(conditional_run, real, run, capsys):
+    options = ("--data", "none", "--device", "cpu", "--num-images", 16, "--batch-size", 8, "--preview-images", 0)
+    assert run("train", "emoji32-distill-sid", "--teacher", conditional_run, *options, "--out", "free") == 0
+    assert run("evaluate", "free", "--num-images", 8) == 2
+    assert "no run with a data set, so --data must say which real images" in capsys.readouterr().err
+    assert run("evaluate", "free", "--num-images", 8, "--data", real) == 0
