@@ -21,7 +21,7 @@ from maskdm_fast.train.config import RunConfig
 from maskdm_fast.train.generation import generate
 from maskdm_fast.train.pieces import Held, Part
 from maskdm_fast.train.stages import PolicyDistillationStage, build_stage
-from maskdm_fast.train.stages.policy import Trained
+from maskdm_fast.train.stages.parts import Trained
 from tests.train.by_hand import WORLD, batch_of, build, take_steps, teacher_of
 from tests.train.policy_toys import CASES, VIT, make_policy_run
 

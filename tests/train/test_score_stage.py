@@ -12,7 +12,7 @@ from maskdm_fast.train.generation import generate
 from maskdm_fast.train.metrics import Meter, TrainingDivergedError
 from maskdm_fast.train.pieces import Held
 from maskdm_fast.train.stages import ScoreDistillationStage, build_stage
-from maskdm_fast.train.stages.score import Player
+from maskdm_fast.train.stages.parts import Trained
 from tests.train.by_hand import STEPS, WORLD, ScoreByHand, build, take_steps, teacher_of
 
 CASES = {
@@ -106,7 +106,7 @@ def test_activation_checkpointing_changes_nothing(make, method):
     rows = []
     for each in (config, checkpointed):
         stage, calls = build(each), []
-        for network in (stage._teacher.model, stage._fake.network, stage._generator.network):
+        for network in (stage._teacher.model, stage._fake.module, stage._generator.module):
             block = next(module for module in network.modules() if type(module).__name__ == "Block")
             block.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         rows.append((take_steps(stage, each, 0, 2), len(calls)))
@@ -133,7 +133,7 @@ def test_only_the_network_of_an_update_has_gradients_and_changes(make, method, p
     machine = {"activation_checkpointing": True, "micro_batch_size": 2, "precision": precision}
     config = make(method=method, num_steps=2, trained_steps="one", **machine, **AT_ONCE[method])
     stage, touched = build(config), []
-    networks = {"teacher": stage._teacher.model, "fake": stage._fake.network, "generator": stage._generator.network}
+    networks = {"teacher": stage._teacher.model, "fake": stage._fake.module, "generator": stage._generator.module}
     assert not any(parameter.requires_grad for parameter in networks["teacher"].parameters())
     for name, network in networks.items():
         for parameter in network.parameters():
@@ -204,7 +204,7 @@ def test_idle_optimizers_rest(make, offload_idle):
 
     def told() -> ScoreDistillationStage:
         players = [
-            Player(Told(name, player.engine, log), player.network)
+            Trained(Told(name, player.engine, log), player.module)
             for name, player in (("generator", built._generator), ("fake", built._fake))
         ]
         return ScoreDistillationStage(config, *players, built._teacher, WORLD)
@@ -227,13 +227,13 @@ def test_fp16_skips_what_overflows(make):
     stage, skips, whole = build(config), 0, 0
     players = {"fake_loss_scale": stage._fake, "loss_scale": stage._generator}
     for step in range(28):
-        before = {name: [p.tolist() for p in player.network.parameters()] for name, player in players.items()}
+        before = {name: [p.tolist() for p in player.module.parameters()] for name, player in players.items()}
         (row,) = take_steps(stage, config, step, step + 1)
         voids = []
         for name, player in players.items():
             assert (name in row) == (name == "fake_loss_scale" or step % 2 == 1)
             if name in row:
-                changed = [p.tolist() for p in player.network.parameters()] != before[name]
+                changed = [p.tolist() for p in player.module.parameters()] != before[name]
                 voids.append(not changed)
                 assert changed == bool(player.engine._loss_scale.scale == row[name])
         assert bool(row["skipped"]) == any(voids)
@@ -251,7 +251,7 @@ def test_a_generator_that_makes_no_images_any_more_has_no_loss(make):
     config, meter = make(), Meter(WORLD)
     stage = build(config)
     with torch.no_grad():
-        stage._generator.network.head.bias.fill_(torch.nan)
+        stage._generator.module.head.bias.fill_(torch.nan)
     (row,) = take_steps(stage, config, 0, 1)
     assert row["finite_share"] == 0 and row["generator_loss"].isnan()
     meter.update(row, 1)
@@ -275,7 +275,7 @@ def test_a_generator_that_makes_some_images_learns_from_those(make, monkeypatch)
     assert len(calls) == 6
     assert float(row["finite_share"]) == pytest.approx(0.8)
     assert all(torch.isfinite(value).all() for value in row.values() if not isinstance(value, tuple))
-    assert all(p.isfinite().all() for player in (stage._fake, stage._generator) for p in player.network.parameters())
+    assert all(p.isfinite().all() for player in (stage._fake, stage._generator) for p in player.module.parameters())
 
 
 @pytest.mark.parametrize("num_classes", [0, 3])

@@ -4,6 +4,7 @@ import functools
 import itertools
 import math
 import sys
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,19 @@ LEVEL_EDGES = (0.1, 0.3, 1.0, 3.0, 10.0)
 """Noise levels sigma/alpha between the bins of a logged distance."""
 LEVEL_NAMES = tuple(f"{low:g}-{high:g}" for low, high in itertools.pairwise((0.0, *LEVEL_EDGES, math.inf)))
 _SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One of the modules that are trained.
+
+    Attributes:
+        engine: trains it.
+        module: the module itself; what calls it through the engine takes part in an update.
+    """
+
+    engine: Engine
+    module: nn.Module
 
 
 def initial_values(config: RunConfig, weights: Weights | None, world: World) -> Values:

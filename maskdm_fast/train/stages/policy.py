@@ -21,6 +21,7 @@ from maskdm_fast.train.metrics import Values
 from maskdm_fast.train.pieces import Part, Pieces, Reader, Renamed
 from maskdm_fast.train.stages.base import PREVIEW_STEPS, Batch
 from maskdm_fast.train.stages.parts import (
+    Trained,
     check_teacher,
     engine_of,
     evaluation_flops,
@@ -39,19 +40,6 @@ VALUE = "value_"
 VELOCITY = "velocity"
 """The group of the s_t^2 to which moves are compared."""
 _LOSS = {"energy": "loss", "value": "value_loss", "policy": "policy_loss"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """One of the modules that are trained.
-
-    Attributes:
-        engine: trains it.
-        module: the module itself; what calls it through the engine takes part in an update.
-    """
-
-    engine: Engine
-    module: nn.Module
 
 
 @dataclasses.dataclass(frozen=True)

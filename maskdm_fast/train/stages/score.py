@@ -14,13 +14,13 @@ from maskdm_fast.distill.costs import evaluations
 from maskdm_fast.models import UViT
 from maskdm_fast.random import Stream
 from maskdm_fast.train.config import RunConfig
-from maskdm_fast.train.engine import Engine
 from maskdm_fast.train.engine import Values as EngineValues
 from maskdm_fast.train.metrics import Values
 from maskdm_fast.train.pieces import Pieces, Reader, Renamed
 from maskdm_fast.train.stages.base import PREVIEW_STEPS, Batch
 from maskdm_fast.train.stages.parts import (
     LEVEL_NAMES,
+    Trained,
     check_teacher,
     distance_by_level,
     engine_of,
@@ -37,19 +37,6 @@ from maskdm_fast.train.world import World
 
 FAKE = "fake_"
 """Begins the names of the fake network's groups in a checkpoint."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Player:
-    """One of the two networks that are trained.
-
-    Attributes:
-        engine: trains it.
-        network: the module itself; what calls it through the engine takes part in an update.
-    """
-
-    engine: Engine
-    network: nn.Module
 
 
 class ScoreDistillationStage:
@@ -69,7 +56,7 @@ class ScoreDistillationStage:
         world: the processes.
     """
 
-    def __init__(self, config: RunConfig, generator: Player, fake: Player, teacher: Denoiser, world: World) -> None:
+    def __init__(self, config: RunConfig, generator: Trained, fake: Trained, teacher: Denoiser, world: World) -> None:
         stage = config.stage
         self._config, self._world, self._teacher = config, world, teacher
         self._generator, self._fake = generator, fake
@@ -77,8 +64,8 @@ class ScoreDistillationStage:
         updates = self._method.fake_updates if stage.fake_updates is None else stage.fake_updates
         self._alternation = Alternation(updates)
         # What is not trained in an update is called by itself: an engine would prepare for its gradients.
-        self._in_fake_update = self._networks(fake.engine.model, generator.network)
-        self._in_generator_update = self._networks(fake.network, generator.engine.model)
+        self._in_fake_update = self._networks(fake.engine.model, generator.module)
+        self._in_generator_update = self._networks(fake.module, generator.engine.model)
         self._rest(self._generator, self._fake)
 
     def _networks(self, fake: nn.Module, generator: nn.Module) -> Networks:
@@ -102,7 +89,7 @@ class ScoreDistillationStage:
         of_teacher = initial_values(config, teacher, world)
         student = meta_network(config)
         values = of_teacher if weights is None else initial_values(config, weights, world)
-        generator = Player(engine_of(config, world, student, settings, values), student)
+        generator = Trained(engine_of(config, world, student, settings, values), student)
         fake, values = meta_network(config), of_teacher
         if stage.method == "dmd2" and stage.make().needs_images:
             fake, values = _with_head(fake, values, config.seed)
@@ -110,7 +97,7 @@ class ScoreDistillationStage:
         return cls(
             config,
             generator,
-            Player(engine_of(config, world, fake, settings, values), fake),
+            Trained(engine_of(config, world, fake, settings, values), fake),
             frozen_teacher(config, teacher, world),
             world,
         )
@@ -151,8 +138,8 @@ class ScoreDistillationStage:
 
     def _update(
         self,
-        player: Player,
-        idle: Player,
+        player: Trained,
+        idle: Trained,
         loss: Callable[[Batch, Tensor | None, dict], dict[str, Tensor]],
         batches: Sequence[Batch],
         number: int,
@@ -167,7 +154,7 @@ class ScoreDistillationStage:
             draw = {"seed": self._config.seed, "step": number, "slots": batch.slots}
             labels = batch.labels if self._config.model.num_classes else None
             # Until after the backward pass, in which checkpointed blocks are computed again.
-            with engine.micro_batch(last=place == len(batches)), frozen(idle.network):
+            with engine.micro_batch(last=place == len(batches)), frozen(idle.module):
                 with self._world.timer.part("forward"), engine.autocast():
                     out = loss(batch, labels, draw)
                 engine.backward(out.pop("loss") * weight)
@@ -190,11 +177,11 @@ class ScoreDistillationStage:
             values |= {f"distance/{name}": (bins[0, i], bins[1, i]) for i, name in enumerate(LEVEL_NAMES)}
         return values
 
-    def _wake(self, player: Player) -> None:
+    def _wake(self, player: Trained) -> None:
         if self._config.machine.offload_idle:
             player.engine.wake()
 
-    def _rest(self, *players: Player) -> None:
+    def _rest(self, *players: Trained) -> None:
         if self._config.machine.offload_idle:
             for player in players:
                 player.engine.rest()
