@@ -173,7 +173,7 @@ def memory_per_rank(config: RunConfig, engine: str, world_size: int, *, place: P
                 network = plan.network(name)
                 bucket = network.item(item) * zero_sizes(network.values).bucket
                 besides["gathered weights"] += parts[name].passes["gathered weights"]
-                besides["buckets"] += parts[name].passes["buckets"] - 2 * bucket
+                besides["buckets"] += parts[name].passes["buckets"] - bucket
         passes.append(besides)
         updates.append(Counter(part.update))
     if machine.offload_idle and place == "cuda" and len(parts) > 1:
@@ -214,11 +214,11 @@ def _part(network: Network, engine: str, world_size: int, *, item: int, accumula
         update = {"gradients": item * shard, "flat gradients": item * shard + converted}
         return Memory({"weights": item * values, **state}, passes, update)
 
-    kept = sum(size for size in network.shapes.sizes if size <= KEPT_VALUES)
-    block = network.shapes.block
-    passes["gathered weights"] = item * min(values - kept, 2 * sizes.window + block)
-    # All that is gathered at once lies there twice while it is put together; gradients wait, and are put together.
-    passes["buckets"] = 2 * bucket + item * min(values - kept, max(sizes.window, block))
+    kept, largest = sum(size for size in network.sizes if size <= KEPT_VALUES), max(network.sizes)
+    # Whole tensors are gathered until the window is full. Half a window is gathered at once, and lies there twice until
+    # it is taken apart; gradients wait in a bucket that stays, and are put together in another.
+    passes["gathered weights"] = item * min(values - kept, sizes.window + largest)
+    passes["buckets"] = bucket + item * min(values - kept, sizes.window // 2 + largest)
     steady = {"small weights": item * kept, "buckets": bucket}
     local = {"weights": item * shard, "gradients": item * shard, **state}
     if engine == "zero3":

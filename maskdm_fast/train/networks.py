@@ -9,21 +9,12 @@ from torch import nn
 
 from maskdm_fast.distill.costs import Gradients, Pass
 from maskdm_fast.models import UViT, UViTConfig
-from maskdm_fast.models.layers import Block
 from maskdm_fast.ops.work import FLOAT
 from maskdm_fast.train.costs import Counts, Part, Saved, pass_parts, saved_by
 from maskdm_fast.train.measured import Measured, measured
 from maskdm_fast.train.policy_config import PolicyDistillationConfig
 
 Wrap = Callable[[UViT], nn.Module]
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """Values of each parameter of a network, and of the largest of its blocks."""
-
-    sizes: tuple[int, ...]
-    block: int
 
 
 @dataclass(frozen=True)
@@ -49,14 +40,14 @@ class Network:
     value_of: PolicyDistillationConfig | None = None
 
     @property
-    def shapes(self) -> Shapes:
-        """Of its parameters."""
-        return _shapes(self.model, self.wrap) if self.value_of is None else _value_shapes(self.value_of, self.model)
+    def sizes(self) -> tuple[int, ...]:
+        """Values of each of its parameters."""
+        return _sizes(self.model, self.wrap) if self.value_of is None else _value_sizes(self.value_of, self.model)
 
     @property
     def values(self) -> int:
         """Its parameters."""
-        return sum(self.shapes.sizes)
+        return sum(self.sizes)
 
     def item(self, item: int) -> int:
         """Bytes of an activation of it, in a run where they are `item`."""
@@ -83,23 +74,16 @@ class Network:
 
 
 @functools.lru_cache(maxsize=64)
-def _shapes(model: UViTConfig, wrap: Wrap | None) -> Shapes:
+def _sizes(model: UViTConfig, wrap: Wrap | None) -> tuple[int, ...]:
     with torch.device("meta"):
         network = UViT(model)
         whole = network if wrap is None else wrap(network)
-    blocks = [module for module in whole.modules() if isinstance(module, Block)]
-    return Shapes(
-        tuple(parameter.numel() for parameter in whole.parameters()),
-        max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks),
-    )
+    return tuple(parameter.numel() for parameter in whole.parameters())
 
 
 @functools.lru_cache(maxsize=16)
-def _value_shapes(stage: PolicyDistillationConfig, model: UViTConfig) -> Shapes:
-    value = stage.make_value(model, seed=0)
-    blocks = [module for module in value.children() if isinstance(module, nn.ModuleList)]
-    sizes = [sum(parameter.numel() for parameter in block.parameters()) for part in blocks for block in part]
-    return Shapes(tuple(parameter.numel() for parameter in value.parameters()), max(sizes))
+def _value_sizes(stage: PolicyDistillationConfig, model: UViTConfig) -> tuple[int, ...]:
+    return tuple(parameter.numel() for parameter in stage.make_value(model, seed=0).parameters())
 
 
 @functools.lru_cache(maxsize=64)

@@ -53,8 +53,8 @@ def test_bytes_of_a_plain_step_are_those_that_are_allocated(checkpointing):
 
 
 def test_bytes_of_several_processes_are_those_that_are_held():
-    """Two processes, two micro-batches, networks of eight buckets: what stays to 0.1 %, the peak within 8 %, of
-    score distillation within 10 %."""
+    """Two processes, two micro-batches, networks of eight buckets: what stays to 0.1 %, the peak within 5 %, what passes
+    take of it within 20 %."""
     pytest.importorskip("deepspeed", reason="deepspeed is not installed (pip install 'maskdm_fast[deepspeed]')")
     cases = ("ddp:bf16", "zero1:fp32", "zero2:bf16", "zero3:bf16", "zero3-offload:bf16")
     cases += ("ddp:fp32:sid", "zero3:fp32:sid")
@@ -71,10 +71,11 @@ def test_bytes_of_several_processes_are_those_that_are_held():
     assert tuple(found) == cases
     for case, sizes in found.items():
         assert sizes["said_steady"] == pytest.approx(sizes["steady"], rel=0.001), case
+        assert sizes["said_passes"] == pytest.approx(sizes["passes"], rel=0.2), case
         real, said = (
             sizes[f"{who}steady"] + max(sizes[f"{who}passes"], sizes[f"{who}update"]) for who in ("", "said_")
         )
-        assert said == pytest.approx(real, rel=0.1 if case.endswith("sid") else 0.08), case
+        assert said == pytest.approx(real, rel=0.05), case
         if case.startswith("zero"):  # the others go with the last reference
             assert sizes["left"] < 0.01 * sizes["steady"], case
 
