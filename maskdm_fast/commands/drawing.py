@@ -28,6 +28,9 @@ class DrawOptions:
     variety and of twice the time. Wants a run with classes and label drop."""
     guidance_interval: tuple[float, float] | None = None
     """Guide only at noise levels sigma/alpha between these two, lowest and highest. Default: at all."""
+    value_guidance: float = 0.0
+    """Of a run of DxMI: how far each step moves on towards what its value takes for real. Published: up to 0.5; the
+    value of a short run is flat and takes more."""
     seed: int = 0
     """Seed of the noise."""
     weights: Literal["ema", "raw"] = "ema"
@@ -61,6 +64,8 @@ def draw(
             eta=options.eta,
             guidance=options.guidance,
             guidance_interval=options.guidance_interval,
+            value_guidance=options.value_guidance,
+            value=weights.value if options.value_guidance else None,
             seed=options.seed,
             first_slot=first_slot,
             labels=labels,

@@ -25,7 +25,7 @@ class Drawn:
         class_name, label: its class, None where the run has none.
         slot: the image's place in the random draws.
         seed: of the noise.
-        sampler, steps, eta, guidance, guidance_interval: as given to ``maskdm-fast sample``.
+        sampler, steps, eta, guidance, guidance_interval, value_guidance: as given to ``maskdm-fast sample``.
         checkpoint: folder of the checkpoint.
         weights: "ema" or "raw".
         weights_sha256: of the file of weights.
@@ -44,6 +44,7 @@ class Drawn:
     checkpoint: str
     weights: str
     weights_sha256: str
+    value_guidance: float = 0.0
 
 
 def folder_names(class_names: list[str]) -> list[str]:

@@ -85,6 +85,7 @@ def sample(options: SampleOptions) -> None:
         drawn = _folder(weights, options, planned, names, out)
         where = f"images: {out}, {MANIFEST_NAME} says how each was drawn"
     guided = f", guidance {options.guidance}" if options.guidance != 1 else ""
+    guided += f", value guidance {options.value_guidance}" if options.value_guidance else ""
     kind = "latents" if is_latent else "images"
     print(
         f"{drawn} {kind} from {weights.checkpoint.path} ({options.weights} weights, {_sampler(weights, options)}"
@@ -206,6 +207,7 @@ def _records(
         "eta": options.eta,
         "guidance": options.guidance,
         "guidance_interval": None if options.guidance_interval is None else list(options.guidance_interval),
+        "value_guidance": options.value_guidance,
         "checkpoint": str(weights.checkpoint.path),
         "weights": options.weights,
         "weights_sha256": weights.checkpoint.sha256(group),

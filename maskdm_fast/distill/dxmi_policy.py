@@ -313,8 +313,8 @@ def generate(
             sigma = log_sigma.exp().to(x.dtype).view(-1, *(1,) * (x.ndim - 1))
             x = torch.addcmul(mean, sigma, noise[t])
         if value_guidance:
-            with torch.enable_grad():
-                at = x.detach().requires_grad_(True)
+            with torch.inference_mode(False), torch.enable_grad():
+                at = x.clone().requires_grad_(True)
                 (slope,) = torch.autograd.grad(value(at, index + 1).sum(), at)
             x = torch.addcmul(x, sigma, slope, value=-value_guidance)
     return x
@@ -330,6 +330,7 @@ class PolicyGenerator:
         start_std: of x_0.
         num_steps: T.
         token_shape: ``(N, P*P*C)`` of an image.
+        value, value_guidance: as of `generate`.
     """
 
     denoiser: Denoiser
@@ -337,7 +338,10 @@ class PolicyGenerator:
     start_std: float
     num_steps: int
     token_shape: tuple[int, int]
+    value: Value | None = None
+    value_guidance: float = 0.0
 
     def __call__(self, labels: Tensor | None, *, seed: int, step: int | Tensor, slots: Tensor) -> Tensor:
         start, noise = draw_rollout(self.num_steps, self.token_shape, seed=seed, step=step, slots=slots)
-        return generate(self.policy, self.start_std * start, noise, labels)
+        guidance = {"value": self.value, "value_guidance": self.value_guidance}
+        return generate(self.policy, self.start_std * start, noise, labels, **guidance)

@@ -20,6 +20,8 @@ from maskdm_fast.train.config import (
 )
 from maskdm_fast.train.regression_config import is_told
 from maskdm_fast.train.students import policy_generator, without_sigmas
+from maskdm_fast.train.values import make_value
+from maskdm_fast.train.weights import Tensors
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,13 @@ class SamplerOptions:
     eta: float | None = None
     guidance: float = 1.0
     guidance_interval: tuple[float, float] | None = None
+    value_guidance: float = 0.0
 
     def check_student(self, stage: str, num_steps: int) -> None:
         """Raise ValueError if anything is asked for that a student of so many steps cannot do."""
         if self.num_steps not in (None, num_steps):
             raise ValueError(f"the run is a {stage} of {num_steps} steps, but {self.num_steps} were asked for")
-        if self != SamplerOptions(self.num_steps):
+        if self != SamplerOptions(self.num_steps, value_guidance=self.value_guidance):
             raise ValueError(f"the run is a {stage}, which has its own sampler: leave out sampler, eta and guidance")
 
 
@@ -47,7 +50,7 @@ def meta_network(config: RunConfig) -> UViT | distill.GuidedNetwork:
         return distill.GuidedNetwork(network) if is_told(config.stage) else network
 
 
-def make_denoiser(config: RunConfig, tensors: dict[str, Tensor], device: torch.device) -> Denoiser:
+def make_denoiser(config: RunConfig, tensors: Tensors, device: torch.device) -> Denoiser:
     """The denoiser of a run, with the given state dict of its model; of a network that is told its guidance take
     ``model.at(...)``."""
     model = meta_network(config)
@@ -58,7 +61,7 @@ def make_denoiser(config: RunConfig, tensors: dict[str, Tensor], device: torch.d
 
 def generate(
     config: RunConfig,
-    tensors: dict[str, Tensor],
+    tensors: Tensors,
     num_images: int,
     *,
     num_steps: int | None = None,
@@ -66,6 +69,8 @@ def generate(
     eta: float | None = None,
     guidance: float = 1.0,
     guidance_interval: tuple[float, float] | None = None,
+    value_guidance: float = 0.0,
+    value: Tensors | None = None,
     seed: int = 0,
     first_slot: int = 0,
     labels: Tensor | None = None,
@@ -80,6 +85,8 @@ def generate(
         tensors: state dict of its model, raw or averaged.
         num_images: how many.
         num_steps: of the sampler; None: 50 of a denoising network, those that a student was made for.
+        value_guidance: of a policy, as `maskdm_fast.distill.dxmi_policy.generate`.
+        value: state dict of the value that it follows, `Weights.value`.
         device: where to compute; the other arguments are those of `maskdm_fast.diffusion.sample`. A student brings its
             own sampler.
 
@@ -92,13 +99,16 @@ def generate(
             classes, or has not learnt to do without them.
     """
     model = config.model
+    if value_guidance and not isinstance(config.stage, PolicyDistillationConfig):
+        raise ValueError("the run has no value to follow, which DxMI trains: leave out value_guidance")
     if labels is None and model.num_classes:
         labels = torch.arange(first_slot, first_slot + num_images) % model.num_classes
     images = _DRAW[type(config.stage)](
         config,
         tensors,
-        SamplerOptions(num_steps, sampler, eta, guidance, guidance_interval),
+        SamplerOptions(num_steps, sampler, eta, guidance, guidance_interval, value_guidance),
         device,
+        **({"value": value} if value_guidance else {}),
         num_images=num_images,
         image_size=model.image_size,
         channels=model.channels,
@@ -116,7 +126,7 @@ def generate(
 
 
 def _denoise(
-    config: RunConfig, tensors: dict[str, Tensor], options: SamplerOptions, device: torch.device, **drawn: Any
+    config: RunConfig, tensors: Tensors, options: SamplerOptions, device: torch.device, **drawn: Any
 ) -> Tensor:
     return _in_steps(make_denoiser(config, tensors, device), config, options, **drawn)
 
@@ -139,7 +149,7 @@ def _bound(config: RunConfig) -> float:
 
 
 def _regressed(
-    config: RunConfig, tensors: dict[str, Tensor], options: SamplerOptions, device: torch.device, **drawn: Any
+    config: RunConfig, tensors: Tensors, options: SamplerOptions, device: torch.device, **drawn: Any
 ) -> Tensor:
     """Of a student by regression. To be told a scale of guidance costs it no second evaluation."""
     stage, denoiser = config.stage, make_denoiser(config, tensors, device)
@@ -163,7 +173,7 @@ def _regressed(
 
 
 def _generate(
-    config: RunConfig, tensors: dict[str, Tensor], options: SamplerOptions, device: torch.device, **drawn: Any
+    config: RunConfig, tensors: Tensors, options: SamplerOptions, device: torch.device, **drawn: Any
 ) -> Tensor:
     levels = config.stage.input_levels()
     options.check_student("generator", len(levels))
@@ -172,12 +182,19 @@ def _generate(
 
 
 def _follow_policy(
-    config: RunConfig, tensors: dict[str, Tensor], options: SamplerOptions, device: torch.device, **drawn: Any
+    config: RunConfig,
+    tensors: Tensors,
+    options: SamplerOptions,
+    device: torch.device,
+    value: Tensors | None = None,
+    **drawn: Any,
 ) -> Tensor:
     options.check_student("policy", config.stage.num_steps)
     network, sigmas = without_sigmas(tensors)
     shape = (config.model.num_tokens, config.model.token_dim)
     policy = policy_generator(config.stage, make_denoiser(config, network, device), sigmas, shape)
+    to_follow = None if value is None else make_value(config, value, device)
+    policy = dataclasses.replace(policy, value=to_follow, value_guidance=options.value_guidance)
     return distill.generate(policy, **drawn)
 
 

@@ -22,6 +22,8 @@ Tensors = dict[str, Tensor]
 _KEY = "maskdm_fast"  # of an exported file's metadata
 _KEPT = ("step", "images", "config", "class_names", "data")  # of a checkpoint's state
 _GROUPS = {"ema": "ema", "raw": "model"}
+VALUE = "value_"
+"""Begins the groups of a checkpoint that are of the value of a run of DxMI."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,20 @@ class Weights:
         if len(names) == num_classes:
             return names
         return [f"{label:0{len(str(num_classes - 1))}d}" for label in range(num_classes)]
+
+    @cached_property
+    def value(self) -> Tensors:
+        """State dict of the value that a run of DxMI has trained besides: the raw weights, for it has no average.
+
+        Raises:
+            ValueError: there is none.
+        """
+        tensors = self.checkpoint.tensors(VALUE + _GROUPS["raw"])
+        if not tensors:
+            raise ValueError(
+                f"{self.checkpoint.path} holds no value; runs of DxMI do, but not what export writes of them"
+            )
+        return tensors
 
 
 class _ExportedFile(Checkpoint):

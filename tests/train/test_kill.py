@@ -12,15 +12,21 @@ from pathlib import Path
 
 import pytest
 
+from maskdm_fast.diffusion.masking import NoMask
 from maskdm_fast.train import checkpoint, read_metrics, train
+from maskdm_fast.train.config import DenoisingConfig, DiffusionConfig
 
 HARNESS = Path(__file__).with_name("kill_harness.py")
 
 
-@pytest.fixture
-def kill_config(make_config):
-    """200 steps with a checkpoint every 10."""
-    return make_config(num_images=800, checkpoint_images=40, log_images=48)
+@pytest.fixture(params=["denoising", "student"])
+def kill_config(request, make_config, make_student, tmp_path):
+    """200 steps with a checkpoint every 10; of score distillation with two optimizers."""
+    sizes = {"num_images": 800, "checkpoint_images": 40, "log_images": 48}
+    if request.param == "denoising":
+        return make_config(**sizes)
+    train(make_config(diffusion=DiffusionConfig(prediction="v"), mask=NoMask(), num_images=4), tmp_path / "teacher")
+    return make_student(teacher=str(tmp_path / "teacher"), fake_updates=3, **sizes)
 
 
 def run_under(mode: str, config, folder: Path, seed: int) -> int:
@@ -52,7 +58,7 @@ def test_kill_9_at_any_moment(kill_config, tmp_path):
     print(f"seed of the moments: {seed}")
     run_under("never", kill_config, tmp_path / "whole", seed)
     files, curve = outcome(tmp_path / "whole" / "run")
-    assert len(files) == 3 and len(curve) == 16
+    assert len(files) == (3 if isinstance(kill_config.stage, DenoisingConfig) else 5) and len(curve) == 16
     for mode in ("random", "saving"):
         assert run_under(mode, kill_config, tmp_path / mode, seed) >= 2
         assert same(outcome(tmp_path / mode / "run"), (files, curve))

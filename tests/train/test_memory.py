@@ -53,8 +53,8 @@ def test_bytes_of_a_plain_step_are_those_that_are_allocated(checkpointing):
 
 
 def test_bytes_of_several_processes_are_those_that_are_held():
-    """Two processes, two micro-batches, networks of eight buckets: what stays to 0.1 %, the peak within 5 %, what passes
-    take of it within 20 %."""
+    """Two processes, two micro-batches, networks of eight buckets: what stays to 0.1 %, the peak within 5 %, and what
+    the passes take of it within 20 %."""
     pytest.importorskip("deepspeed", reason="deepspeed is not installed (pip install 'maskdm_fast[deepspeed]')")
     cases = ("ddp:bf16", "zero1:fp32", "zero2:bf16", "zero3:bf16", "zero3-offload:bf16")
     cases += ("ddp:fp32:sid", "zero3:fp32:sid")

@@ -32,11 +32,9 @@ from maskdm_fast.train.stages.parts import (
     preview,
 )
 from maskdm_fast.train.students import SIGMAS
-from maskdm_fast.train.weights import Weights
+from maskdm_fast.train.weights import VALUE, Weights
 from maskdm_fast.train.world import World
 
-VALUE = "value_"
-"""Begins the names of the value's groups in a checkpoint."""
 VELOCITY = "velocity"
 """The group of the s_t^2 to which moves are compared."""
 _LOSS = {"energy": "loss", "value": "value_loss", "policy": "policy_loss"}
