@@ -141,8 +141,9 @@ def _train(arguments: list[str]) -> int:
     config, out, dry_run, num_processes = _train_options(name, rest)
     if dry_run:
         from maskdm_fast.train.estimate import describe
+        from maskdm_fast.train.teachers import taught
 
-        print(describe(config, dry_run, num_processes))
+        print(describe(taught(config, out), dry_run, num_processes))
         return 0
     result = train_recipe(config, out) if isinstance(config, Recipe) else train(config, out)
     if rank_from_environment()[0] == 0:

@@ -5,9 +5,11 @@ import json
 import sys
 from pathlib import Path
 
+import torch
+
 from maskdm_fast.train import checkpoint as checkpoints
 from maskdm_fast.train.checkpoint import CheckpointError
-from maskdm_fast.train.config import RunConfig
+from maskdm_fast.train.config import Recipe, RunConfig
 from maskdm_fast.train.distill_config import DistillationConfig
 from maskdm_fast.train.weights import Weights, load_trained, load_weights, save_weights
 from maskdm_fast.train.world import World
@@ -92,3 +94,26 @@ def fit_to_teacher(config: RunConfig, teacher: Weights, world: World) -> RunConf
         print(f"as the teacher {teacher.checkpoint.path}: {', '.join(changed)}", file=sys.stderr, flush=True)
     fitted.validate()
     return fitted
+
+
+def taught(config: RunConfig | Recipe, folder: Path) -> RunConfig | Recipe:
+    """`config` with what `fit_to_teacher` takes from the teacher of its first stage, for an estimate; says so where
+    there is no teacher yet.
+
+    Raises:
+        As `find_teacher`, but for a teacher that is not there.
+    """
+    first, run = config.runs()[0] if isinstance(config, Recipe) else ("", config)
+    world = World(torch.device("cpu"))
+    try:
+        teacher = find_teacher(run, folder / first, world)
+    except FileNotFoundError as error:
+        print(f"counted is the network of the preset: {error}", file=sys.stderr, flush=True)
+        return config
+    if teacher is None:
+        return config
+    run = fit_to_teacher(run, teacher, world)
+    if not isinstance(config, Recipe):
+        return run
+    taken = {name: getattr(run, name) for name in ("model", "class_conditional", "diffusion")}
+    return dataclasses.replace(config, **taken)

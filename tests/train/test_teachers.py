@@ -8,10 +8,10 @@ import torch
 
 from maskdm_fast.diffusion.masking import NoMask
 from maskdm_fast.models import UViT
-from maskdm_fast.train import CheckpointError, checkpoint, export, load_weights, train
+from maskdm_fast.train import CheckpointError, Recipe, checkpoint, export, load_weights, train
 from maskdm_fast.train.config import DiffusionConfig
 from maskdm_fast.train.stages.parts import check_teacher
-from maskdm_fast.train.teachers import CHECK_NAME, TEACHER_NAME, find_teacher, fit_to_teacher, keep_teacher
+from maskdm_fast.train.teachers import CHECK_NAME, TEACHER_NAME, find_teacher, fit_to_teacher, keep_teacher, taught
 from maskdm_fast.train.world import World
 from tests.train.by_hand import teacher_of
 
@@ -159,6 +159,23 @@ def test_a_student_takes_network_schedule_and_prediction(teach, make_student, tm
     capsys.readouterr()
     fit_to_teacher(fitted, teacher, WORLD)
     assert capsys.readouterr().err == ""
+
+
+def test_an_estimate_counts_the_network_of_the_teacher(teach, make_config, make_student, tmp_path, capsys):
+    """Of a run, and of a recipe whose rounds teach each other."""
+    base = make_student()
+    student = replace(base, model=replace(base.model, dim=32))
+    shared = {name: getattr(student, name) for name in ("data", "model", "diffusion", "machine", "output")}
+    recipe = Recipe(stages=(("one", student.stage), ("two", student.stage)), **shared)
+    for config, folder in ((student, tmp_path / "run"), (recipe, tmp_path)):
+        assert taught(config, folder) == config
+        assert "counted is the network of the preset: nothing to start from" in capsys.readouterr().err
+    teach()
+    assert taught(student, tmp_path / "run").model == base.model
+    found = taught(replace(recipe, stages=(("one", replace(student.stage, teacher="../teacher")),)), tmp_path / "run")
+    assert found.model == base.model and found.runs()[0][1].model == base.model
+    assert capsys.readouterr().err.count("model.dim 32 -> 16") == 2
+    assert taught(make_config(), tmp_path) == make_config()
 
 
 def test_a_student_takes_the_classes(make_config, make_student, image_folder, tmp_path):
