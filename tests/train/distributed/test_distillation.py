@@ -113,6 +113,7 @@ METHODS = {
     "sida": {"method": "sida", "freeze_images": 8, "adversarial_from": 16, "activation_checkpointing": True},
     "dmd2": {"method": "dmd2", "fake_updates": 2, "input_level": 10.0},
     "consistency": {"kind": RegressionConfig, "method": "consistency", "images_per_stage": 16, "num_stages": 3},
+    "progressive": {"kind": RegressionConfig, "method": "progressive", "num_steps": 2, "hflip": 0.5},
     "guided": {
         **{"kind": RegressionConfig, "method": "guided", "strengths": (0.5, 3.0)},
         **{"teacher": "with classes", "class_conditional": True},
@@ -120,14 +121,13 @@ METHODS = {
     "dxmi": {**DXMI, "value": "vit", "value_depth": 1, "value_heads": 2},
     "dxmi, convolutions": {**DXMI, "teacher": "even", "model": replace(ODD, image_size=8, patch_size=4)},
 }
+ENGINES = {"ddp": 2, "zero1": 2, "zero2": None, "zero3": None}
+"""Images of a micro-batch; None: all that a process has."""
 CASES = [
-    *(("sid", engine, micro) for engine, micro in (("ddp", 2), ("zero2", 2), ("zero3", None))),
-    ("sida", "ddp", None),
-    *(("dmd2", engine, micro) for engine, micro in (("ddp", None), ("zero3-offload", 2))),
-    *(("consistency", engine, micro) for engine, micro in (("ddp", 2), ("zero3", None))),
-    ("guided", "zero3", 2),
-    *(("dxmi", engine, micro) for engine, micro in (("ddp", None), ("zero1", 2), ("zero3", None))),
-    ("dxmi, convolutions", "zero2", None),
+    *((method, engine, micro) for method in METHODS for engine, micro in ENGINES.items()),
+    ("sid", "zero3", 2),
+    ("dmd2", "zero3-offload", 2),
+    ("dxmi", "ddp", None),
 ]
 
 
