@@ -293,16 +293,18 @@ def generate(
         noise: ``[T, B, ...]``, standard normal.
         labels: int64 ``[B]``, or None.
         value: V, or None if there is no guidance. Beside an energy of its own, `DxMINetworks.value_of`.
-        value_guidance: useful up to about 0.5.
+        value_guidance: at least 0, published up to 0.5.
 
     Returns:
         Of the shape of `start`, without gradient.
 
     Raises:
-        ValueError: if there is guidance but no value.
+        ValueError: if there is guidance but no value, or it is negative, as that of the published code is.
 
     Source: Yoon et al., 2024, section 5.2. The sign here is the paper's; the published code adds the gradient.
     """
+    if not 0.0 <= value_guidance < math.inf:
+        raise ValueError(f"generate: value_guidance is {value_guidance}, want 0 or more, which leads to the data")
     if value_guidance and value is None:
         raise ValueError(f"generate: value_guidance is {value_guidance}, but there is no value to follow")
     x = start

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ class SamplerOptions:
     guidance: float = 1.0
     guidance_interval: tuple[float, float] | None = None
     value_guidance: float = 0.0
+    value: Tensors | None = field(default=None, compare=False)
 
     def check_student(self, stage: str, num_steps: int) -> None:
         """Raise ValueError if anything is asked for that a student of so many steps cannot do."""
@@ -106,9 +107,8 @@ def generate(
     images = _DRAW[type(config.stage)](
         config,
         tensors,
-        SamplerOptions(num_steps, sampler, eta, guidance, guidance_interval, value_guidance),
+        SamplerOptions(num_steps, sampler, eta, guidance, guidance_interval, value_guidance, value),
         device,
-        **({"value": value} if value_guidance else {}),
         num_images=num_images,
         image_size=model.image_size,
         channels=model.channels,
@@ -182,19 +182,14 @@ def _generate(
 
 
 def _follow_policy(
-    config: RunConfig,
-    tensors: Tensors,
-    options: SamplerOptions,
-    device: torch.device,
-    value: Tensors | None = None,
-    **drawn: Any,
+    config: RunConfig, tensors: Tensors, options: SamplerOptions, device: torch.device, **drawn: Any
 ) -> Tensor:
     options.check_student("policy", config.stage.num_steps)
     network, sigmas = without_sigmas(tensors)
     shape = (config.model.num_tokens, config.model.token_dim)
     policy = policy_generator(config.stage, make_denoiser(config, network, device), sigmas, shape)
-    to_follow = None if value is None else make_value(config, value, device)
-    policy = dataclasses.replace(policy, value=to_follow, value_guidance=options.value_guidance)
+    value = None if options.value is None else make_value(config, options.value, device)
+    policy = dataclasses.replace(policy, value=value, value_guidance=options.value_guidance)
     return distill.generate(policy, **drawn)
 
 

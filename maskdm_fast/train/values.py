@@ -53,4 +53,4 @@ def energies(weights: Weights, images: Tensor, *, batch_size: int = 64, device: 
         pixels = part.to(device).permute(0, 3, 1, 2) / 127.5 - 1.0
         x = patchify(pixels, model.patch_size)
         found.append(value(x, full_index(weights.config.stage.num_steps, x)).float().cpu())
-    return torch.cat(found) if found else torch.empty(0)
+    return torch.cat(found)

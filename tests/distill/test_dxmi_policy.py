@@ -220,6 +220,9 @@ def test_generation_and_its_guidance():
     assert not guided.requires_grad
     with pytest.raises(ValueError, match="value_guidance"):
         generate(policy, start, noise, value_guidance=0.1)
+    for wrong in (-0.4, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="want 0 or more"):
+            generate(policy, start, noise, value=value, value_guidance=wrong)
 
 
 def test_a_policy_in_parts_makes_the_images_of_its_rollouts():

@@ -46,7 +46,6 @@ def test_samples_follow_the_value(weights, monkeypatch):
     torch.testing.assert_close(pixels, ((want + 1) * 127.5).round().clamp(0, 255))
     fewer = generate(weights.config, weights.tensors, 2, first_slot=2, batch_size=1, **options)
     assert (fewer.int() - images[2:].int()).abs().max() <= 1
-    assert energies(weights, images).mean() < energies(weights, plain).mean()
 
 
 def test_energies_are_values_at_the_end(weights):
