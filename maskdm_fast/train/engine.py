@@ -70,6 +70,7 @@ class EngineSettings:
         compiled: parts of the network to compile, each for itself; names in its state dict stay as they are.
         layer_norm: whose kernels the layer norms run on.
         cuda_graph: replay forward and backward passes from CUDA graphs, see `maskdm_fast.train.cuda_graph`.
+        offload_idle: a network that rests has its optimizer's state in the memory of the CPU.
     """
 
     precision: Precision = "fp32"
@@ -77,6 +78,7 @@ class EngineSettings:
     compiled: tuple[nn.Module, ...] = ()
     layer_norm: LayerNorm = "pytorch"
     cuda_graph: bool = False
+    offload_idle: bool = False
 
 
 Values = Callable[[str], Tensor]
@@ -121,13 +123,14 @@ class Engine(Protocol):
         ...
 
     def rest(self) -> None:
-        """Move the optimizer's state of a network that is not trained for now to the memory of the CPU: moments and
-        average, 12 bytes a parameter or less; pinned, and without a wait. Weights stay on the device, and so do ZeRO's
-        float32 copies of them. Nothing happens on the CPU and under zero3-offload, whose state is there."""
+        """The network is not trained for now: give the memory of its gradients back and, with `offload_idle`, move the
+        optimizer's state to the memory of the CPU: moments and average, 12 bytes a parameter or less; pinned, and
+        without a wait. Weights stay on the device, and so do ZeRO's float32 copies of them. Nothing is moved on the CPU
+        and under zero3-offload, whose state is there."""
         ...
 
     def wake(self) -> None:
-        """Move it back, ahead of the next `step`, which does so if nobody did."""
+        """Move the state back, ahead of the next `step`, which does so if nobody did."""
         ...
 
     def averaged(self) -> dict[str, Tensor]:

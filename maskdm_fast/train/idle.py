@@ -20,12 +20,12 @@ class IdleState:
     Args:
         optimizer: whose state; each of its tensors has a storage of its own.
         device: where the state is while the network is trained.
-        moves: whether there is another memory to move it to; None: if the device is a GPU.
+        moves: whether there is another memory to move it to.
     """
 
-    def __init__(self, optimizer: EMAOptimizer, device: torch.device, moves: bool | None = None) -> None:
+    def __init__(self, optimizer: EMAOptimizer, device: torch.device, moves: bool) -> None:
         self._optimizer, self._device = optimizer, device
-        self._moves = device.type == "cuda" if moves is None else moves
+        self._moves = moves
         self._hosts: dict[Tensor, Tensor] = {}
         self._arrived: Callable[[], None] | None = None
 

@@ -10,22 +10,22 @@ window (`zero_sizes`).
 
     engine          steady                                passes, besides activations and workspace     update
     plain           4 P + 4 A P                           4 P, and 2 P of 16-bit copies                 4 P
-    ddp             8 P + 4 A P                           2 P of 16-bit copies                          -
+    ddp             4 P + 4 A P                           4 P, and 2 P of 16-bit copies                 4 P
     zero1           s P + 4 S + 4 A S                     s S, and s P if accumulated; buckets          2 s S + fp32 S
     zero2           s P + 4 S + 4 A S                     s S, twice if accumulated; buckets            2 s S + fp32 S
     zero3           2 s S + 4 S + 4 A S + s B + small w.  gathered weights, buckets                     s S + fp32 S
     zero3-offload   s B + small weights                   gathered weights, buckets                     -
 
-where fp32 is 4 under 16 bits, whose gradients are converted for the update, else 0. ddp's gradients become views of its
-buckets when they are sent.
+where fp32 is 4 under 16 bits, whose gradients are converted for the update, else 0. ddp's gradients are views of its
+buckets, which stay if one network alone is trained.
 
 Of several networks (`maskdm_fast.train.plan`) each that is trained has its own steady part; a frozen one takes s P,
 whole in every process under every engine. They are trained in turn, so passes and update are those of the update that
-takes the most. Only the network that is trained in it has gradients, but the buckets of ddp stay. Its activations are
-those of all calls through which gradients go, each with 16-bit copies of its own of weights that are float32: a network
-that only hands gradients on keeps what attention, norms and GELU need, but not the inputs of its linear layers. With
-`MachineConfig.offload_idle` moments and averages are in the memory of the CPU, but for those of the network whose step
-it is. What a policy has made is kept for all images of the process until the end of the step.
+takes the most. Only the network that is trained in it has gradients. Its activations are those of all calls through
+which gradients go, each with 16-bit copies of its own of weights that are float32: a network that only hands gradients
+on keeps what attention, norms and GELU need, but not the inputs of its linear layers. With `MachineConfig.offload_idle`
+moments and averages are in the memory of the CPU, but for those of the network whose step it is. What a policy has made
+is kept for all images of the process until the end of the step.
 
 Source: deepspeed 0.19.8, runtime/zero/stage_1_and_2.py, stage3.py and partition_parameters.py; the tests hold the bytes
 equal to those of the tensors of its engines. Rajbhandari et al., "ZeRO", SC 2020, has the same without buffers.
@@ -195,8 +195,7 @@ def _part(network: Network, engine: str, world_size: int, *, item: int, accumula
         state = {"moments": FLOAT * moments * values, "average": FLOAT * average * values}
         steady = {"weights": FLOAT * values, **state}
         gradients = {"gradients": FLOAT * values}
-        # Those of ddp lie in its buckets, which stay.
-        return Memory(steady | gradients, {}, {}) if engine == "ddp" else Memory(steady, gradients, gradients)
+        return Memory(steady, gradients, gradients)
 
     shard, sizes = math.ceil(values / world_size), zero_sizes(values)
     state = {"moments": FLOAT * moments * shard, "average": FLOAT * average * shard}

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
@@ -46,7 +46,7 @@ class PlainEngine:
         options = {"capturable": True} if self._loss_scale else {}
         self._optimizer = optimizer.make(self._network.parameters(), **options)
         self._averages = optimizer.ema_decay is not None
-        self._idle = IdleState(self._optimizer, self.device)
+        self._idle = IdleState(self._optimizer, self.device, settings.offload_idle and self.device.type == "cuda")
 
     def _check(self, world: World) -> None:
         if world.world_size != 1:
@@ -147,17 +147,16 @@ class DataParallelEngine(PlainEngine):
     """Several processes, each with the whole network and a share of every batch; gradients are averaged by PyTorch's
     DistributedDataParallel beside the backward pass. Implements `Engine`.
 
+    Gradients lie in the buckets that are sent. They are made at the first micro-batch, and while the network rests
+    their memory is given back: of several networks that are trained in turn, one has gradients.
+
     Arguments and errors as for `PlainEngine`.
     """
 
     def __init__(self, model: nn.Module, optimizer: OptimizerSettings, settings: EngineSettings, world: World) -> None:
         super().__init__(model, optimizer, settings, world)
-        self.model = DistributedDataParallel(
-            self._network,
-            device_ids=[self.device] if self.device.type == "cuda" else None,
-            gradient_as_bucket_view=True,
-        )
-        self.model.register_comm_hook(world, _average)
+        self.model = _Replica(self._network)
+        self._buckets = _Buckets(world)
         self._accumulates = settings.num_micro > 1
 
     def _check(self, world: World) -> None:
@@ -165,20 +164,78 @@ class DataParallelEngine(PlainEngine):
             raise ValueError("engine ddp is for several processes, but there is one; use torchrun, or --engine plain")
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager:
-        return nullcontext() if last else self.model.no_sync()
+        if self.model.replica is self._network:
+            self.model.replica = DistributedDataParallel(
+                self._network,
+                device_ids=[self.device] if self.device.type == "cuda" else None,
+                gradient_as_bucket_view=True,
+            )
+            self.model.replica.register_comm_hook(self._buckets, _Buckets.average)
+        if self._buckets.wake():
+            self._forget_gradients()
+        return nullcontext() if last else self.model.replica.no_sync()
+
+    def rest(self) -> None:
+        super().rest()
+        self._buckets.rest()
 
     def _forget_gradients(self) -> None:
         # Gradients that are added up stay in the buckets; anew, they would lie beside them until the last micro-batch.
         self._optimizer.zero_grad(set_to_none=not self._accumulates)
 
 
-def _average(world: World, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """Mean of a bucket of gradients over the processes; in a step whose time is split, waited for and timed."""
-    if not world.timer.armed:
-        return allreduce_hook(None, bucket)
-    gradient = bucket.buffer().div_(world.world_size)
-    with world.timer.part("communication"):
-        dist.all_reduce(gradient)
-    future = torch.futures.Future(devices=[world.device] if world.device.type == "cuda" else None)
-    future.set_result(gradient)
-    return future
+class _Replica(nn.Module):
+    """Calls a network through what averages its gradients, once there is that.
+
+    Attributes:
+        replica: the network, or what stands for it.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.replica = network
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.replica(*args, **kwargs)
+
+
+class _Buckets:
+    """Averages the buckets of a backward pass, and gives their memory back between two of them.
+
+    Args:
+        world: the processes.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._sent: list[UntypedStorage] = []
+        self._sizes: list[int] = []
+
+    def average(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        """Mean of a bucket of gradients over the processes; in a step whose time is split, waited for and timed."""
+        world, gradient = self._world, bucket.buffer()
+        self._sent.append(gradient.untyped_storage())
+        if not world.timer.armed:
+            return allreduce_hook(None, bucket)
+        gradient.div_(world.world_size)
+        with world.timer.part("communication"):
+            dist.all_reduce(gradient)
+        future = torch.futures.Future(devices=[world.device] if world.device.type == "cuda" else None)
+        future.set_result(gradient)
+        return future
+
+    def rest(self) -> None:
+        """Give back the memory of the last backward pass; gradients, which are views of it, are not to be read."""
+        if not self._sizes:
+            self._sizes = [storage.nbytes() for storage in self._sent]
+            for storage in self._sent:
+                storage.resize_(0)
+
+    def wake(self) -> bool:
+        """Ahead of a forward pass: whether there is memory anew for gradients, whatever is in it."""
+        rested = bool(self._sizes)
+        for storage, size in zip(self._sent, self._sizes, strict=False):
+            storage.resize_(size)
+        # PyTorch may arrange buckets anew in the forward pass, and should not do so beside those of before.
+        self._sent, self._sizes = [], []
+        return rested

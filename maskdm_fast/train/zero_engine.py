@@ -105,7 +105,8 @@ class ZeroEngine:
             self._zero.loss_scaler.raise_error_at_min_scale = False
         self._optimizer, self._averages = own, optimizer.ema_decay is not None
         self._offloads = name == "zero3-offload"
-        self._idle = IdleState(own, torch.device("cpu") if self._offloads else self.device)
+        moves = settings.offload_idle and not self._offloads and self.device.type == "cuda"
+        self._idle = IdleState(own, torch.device("cpu") if self._offloads else self.device, moves)
         self._shares = self._find_shares()
         for name, share in self._shares.items():
             # DeepSpeed has made them of weights that were rounded to 16 bits.

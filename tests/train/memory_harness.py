@@ -181,6 +181,7 @@ def measure(name: str, precision: str, world: World) -> dict[str, float]:
     for _ in range(2):  # ZeRO 3 knows after the first step what is used when
         passes()
         engine.step(1e-4)
+        engine.rest()
     steady = held() - base
     in_passes = peak(passes)
     left = held() - base - steady

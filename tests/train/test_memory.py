@@ -111,7 +111,7 @@ def test_engines_take_less_from_first_to_last():
 def test_accumulated_gradients_are_counted():
     split = on(HUGE, micro_batch_size=16)
     values = num_parameters(HUGE)
-    for config in (HUGE, split):  # in the buckets of ddp
+    for config in (HUGE, split):  # ddp adds them up in its buckets
         assert memory_per_rank(config, "ddp", 8).of("gradients") == 4 * values
     assert memory_per_rank(HUGE, "zero1", 8).passes["gradients"] == pytest.approx(2 * values / 8, rel=1e-6)
     assert memory_per_rank(split, "zero1", 8).passes["gradients"] == pytest.approx(2 * values * 9 / 8, rel=1e-6)

@@ -88,6 +88,7 @@ def engine_of(
         blocks if machine.compile else (),
         machine.layer_norm,
         machine.cuda_graph,
+        machine.offload_idle,
     )
     return make_engine(machine.engine, model, optimizer, settings, world, values)
 

@@ -113,7 +113,8 @@ class PolicyDistillationStage:
             policy_of(policy.engine.model, sigmas.engine.model), _Call(value.engine, value.module)
         )
         self._s2 = sigmas.module.all_log_sigma().detach().mul(2.0).exp()
-        self._rest(policy, value)
+        for player in (policy, value):
+            player.engine.rest()
 
     @classmethod
     def build(
@@ -157,11 +158,11 @@ class PolicyDistillationStage:
         found: dict[str, list[Tensor]] = {}
         for of_policy, updates in itertools.groupby(self._method.updates(), lambda update: update.network == "policy"):
             player = self._policy if of_policy else self._value
-            self._wake(player)
+            player.engine.wake()
             for update in updates:
                 for name, value in self._update(update, micros, step).items():
                     found.setdefault(name, []).append(value)
-            self._rest(player)
+            player.engine.rest()
         return {
             **{name: torch.stack(values).mean() for name, values in found.items()},
             **{f"sigma/{t}": sigma for t, sigma in enumerate(sigmas.unbind())},
@@ -223,15 +224,6 @@ class PolicyDistillationStage:
         norms = [engine.step(lr)["grad_norm"] for engine, lr in steps]
         return {**means, "grad_norm" if of_policy else "value_grad_norm": norms[0]}
 
-    def _wake(self, player: Trained) -> None:
-        if self._config.machine.offload_idle:
-            player.engine.wake()
-
-    def _rest(self, *players: Trained) -> None:
-        if self._config.machine.offload_idle:
-            for player in players:
-                player.engine.rest()
-
     def lr(self, step: int) -> float:
         return self._config.stage.lr_at(step)
 
@@ -261,7 +253,8 @@ class PolicyDistillationStage:
         self._sigmas.engine.load(Part(reader, SIGMAS))
         self._value.engine.load(Renamed(reader, VALUE))
         self._s2 = reader.tensor(VELOCITY, "s2").to(self._s2)
-        self._rest(self._policy, self._value)
+        for player in (self._policy, self._value):
+            player.engine.rest()
 
     def close(self) -> None:
         for player in (self._policy, self._sigmas, self._value):

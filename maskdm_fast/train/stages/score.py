@@ -66,7 +66,8 @@ class ScoreDistillationStage:
         # What is not trained in an update is called by itself: an engine would prepare for its gradients.
         self._in_fake_update = self._networks(fake.engine.model, generator.module)
         self._in_generator_update = self._networks(fake.module, generator.engine.model)
-        self._rest(self._generator, self._fake)
+        for player in (self._generator, self._fake):
+            player.engine.rest()
 
     def _networks(self, fake: nn.Module, generator: nn.Module) -> Networks:
         model, stage = self._config.model, self._config.stage
@@ -170,21 +171,12 @@ class ScoreDistillationStage:
             # A generator that makes no image at all any more has no loss either.
             finite = mean_of_processes(means["finite_share"], self._world) > 0
             means["loss"] = torch.where(finite, means["loss"], torch.nan)
-        self._wake(player)
+        player.engine.wake()
         values: Values = {**means, **engine.step(lr)}
-        self._rest(player)
+        player.engine.rest()
         if bins is not None:
             values |= {f"distance/{name}": (bins[0, i], bins[1, i]) for i, name in enumerate(LEVEL_NAMES)}
         return values
-
-    def _wake(self, player: Trained) -> None:
-        if self._config.machine.offload_idle:
-            player.engine.wake()
-
-    def _rest(self, *players: Trained) -> None:
-        if self._config.machine.offload_idle:
-            for player in players:
-                player.engine.rest()
 
     def lr(self, step: int) -> float:
         return self._config.stage.lr_at(step)
@@ -212,7 +204,8 @@ class ScoreDistillationStage:
     def load(self, reader: Reader) -> None:
         self._generator.engine.load(reader)
         self._fake.engine.load(Renamed(reader, FAKE))
-        self._rest(self._generator, self._fake)
+        for player in (self._generator, self._fake):
+            player.engine.rest()
 
     def close(self) -> None:
         self._generator.engine.close()
