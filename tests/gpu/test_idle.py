@@ -18,7 +18,8 @@ LEAN = {"betas": (0.0, 0.99), "ema_decay": None}
 
 def make(device, settings):
     optimizer = OptimizerSettings(weight_decay=0.01, max_grad_norm=1.0, max_grad_value=10.0, **settings)
-    engine = make_engine("plain", UViT(MODEL, seed=1), optimizer, EngineSettings(), World(torch.device(device)))
+    model, world = UViT(MODEL, seed=1), World(torch.device(device))
+    engine = make_engine("plain", model, optimizer, EngineSettings(offload_idle=True), world)
     if device == "cpu":  # where nothing would move
         engine._idle = IdleState(engine._optimizer, engine.device, moves=True)
     return engine
