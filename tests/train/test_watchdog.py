@@ -12,7 +12,7 @@ from maskdm_fast.train import watchdog as watchdog_module
 from maskdm_fast.train.watchdog import STALLED_EXIT_CODE, Watchdog
 
 LOAD = f"""
-import importlib.util, os, sys, threading, time
+import importlib.util, os, signal, sys, threading, time
 spec = importlib.util.spec_from_file_location("watchdog", {watchdog_module.__file__!r})
 watchdog = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(watchdog)
@@ -108,21 +108,11 @@ assert [thread.name for thread in threading.enumerate()] == ["MainThread"]
 
 
 def test_a_stopped_process_is_not_stalled():
-    """Stopped for longer than a stalled one would live."""
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            LOAD + "dog = Watchdog(1.5)\ndog.beat(1)\nprint(flush=True)\ntime.sleep(3.8)\ndog.close()",
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    """Stopped for longer than a stalled one would live; by itself, so that no time passes before."""
+    code = LOAD + "dog = Watchdog(1.5)\ndog.beat(1)\nos.kill(os.getpid(), signal.SIGSTOP)\ntime.sleep(0.3)\ndog.close()"
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     with process:
-        process.stdout.readline()
-        time.sleep(0.3)
-        os.kill(process.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
         time.sleep(3.2)
         os.kill(process.pid, signal.SIGCONT)
         _, report = process.communicate(timeout=20)
