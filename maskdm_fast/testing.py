@@ -61,20 +61,52 @@ def draw_packed_ids(counts: list[int], num_tokens: int, device: torch.device | s
     return ids_keep, torch.tensor(ends, dtype=torch.int32, device=device)
 
 
+def _garbage(dtype: torch.dtype) -> float | int | bool:
+    """What shows where it is read."""
+    return float("nan") if dtype.is_floating_point else True if dtype == torch.bool else torch.iinfo(dtype).max
+
+
 def restride(tensor: Tensor, layout: str) -> Tensor:
-    """The same shape in another memory layout; the same values too, except that "expanded" repeats the first image."""
+    """The same shape in another memory layout; the same values too, except that "expanded" repeats the first image.
+
+    What "transposed" and "sliced" make of more than one axis is contiguous in a single one: there every second value of
+    a longer tensor is taken.
+    """
+    if tensor.dim() == 1 and layout in ("transposed", "sliced"):
+        wide = torch.full((2 * len(tensor),), _garbage(tensor.dtype), dtype=tensor.dtype, device=tensor.device)
+        view = wide[1::2]
+        view.copy_(tensor)
+        return view
     if layout == "transposed":
         order = list(reversed(range(tensor.dim())))
         return tensor.permute(order).contiguous().permute(order)
     if layout == "sliced":
-        wide = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1] + 1), float("nan"), dtype=tensor.dtype)
-        wide = wide.to(tensor.device)
+        shape = (*tensor.shape[:-1], 2 * tensor.shape[-1] + 1)
+        wide = torch.full(shape, _garbage(tensor.dtype), dtype=tensor.dtype, device=tensor.device)
         view = wide[..., 1 : 1 + tensor.shape[-1]]
         view.copy_(tensor)
         return view
     if layout == "expanded" and tensor.shape[0] > 0:
         return tensor[:1].clone().expand_as(tensor)
     return tensor.contiguous()
+
+
+def restride_one(inputs: dict[str, Any], layout: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Arguments of an op with one of them in another layout, for each that is a tensor or a tuple of them; its name.
+
+    Where all have one layout, as in most cases, a backend that takes an argument for contiguous may look at none: the
+    layout of another sends the call elsewhere. What is written in place comes in lists, and has to be contiguous.
+    """
+
+    def fits(value: Any) -> bool:
+        # Repeated ids and cu_seqlens are wrong values.
+        return isinstance(value, Tensor) and value.dim() > 0 and (layout != "expanded" or value.is_floating_point())
+
+    for name, value in inputs.items():
+        if fits(value):
+            yield name, inputs | {name: restride(value, layout)}
+        elif isinstance(value, tuple) and all(map(fits, value)):
+            yield name, inputs | {name: tuple(restride(item, layout) for item in value)}
 
 
 def map_floating(value: Any, dtype: torch.dtype) -> Any:
@@ -121,7 +153,7 @@ def run(cases: ModuleType, inputs: dict[str, Any], backend: str, grad_layout: st
         upstream = []
         for index, output in enumerate(outputs.values()):
             grad = draw(tuple(output.shape), output.dtype, output.device, seed=1000 + index)
-            upstream.append(restride(grad, grad_layout) if grad.dim() > 1 else grad)
+            upstream.append(restride(grad, grad_layout) if grad.dim() > 0 else grad)
         grads = torch.autograd.grad(list(outputs.values()), list(leaves.values()), upstream)
         results |= {f"grad_{name}": grad for name, grad in zip(leaves, grads, strict=True)}
     return results

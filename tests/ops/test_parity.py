@@ -28,6 +28,17 @@ def test_upstream_gradient_of_any_layout(op, grad_layout):
         testing.check_parity(cases, cases.make_inputs(case, torch.float32, "cpu", seed=1), "cpu", grad_layout)
 
 
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded"])
+@pytest.mark.parametrize("op", CASES)
+def test_one_input_of_another_layout(op, layout):
+    """Regression: linear read a bias, and gather_tokens cu_seqlens, as if they were contiguous."""
+    cases = CASES[op]
+    for case in cases.CASES:
+        for name, inputs in testing.restride_one(cases.make_inputs(case, torch.float32, "cpu", seed=0), layout):
+            print(f"{case.name}: {name}")  # shown when the test fails
+            testing.check_parity(cases, inputs, "cpu")
+
+
 @pytest.mark.parametrize("op", CASES)
 def test_random_shapes(op):
     cases = CASES[op]

@@ -46,6 +46,16 @@ def test_upstream_gradient_of_any_layout(op, grad_layout):
         testing.check_parity(cases, cases.make_inputs(case, torch.float32, DEVICE, seed=1), "triton", grad_layout)
 
 
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded"])
+@pytest.mark.parametrize("op", CASES)
+def test_one_input_of_another_layout(op, layout):
+    cases = CASES[op]
+    for case in cases.CASES[::3]:
+        for name, inputs in testing.restride_one(cases.make_inputs(case, torch.float32, DEVICE, seed=0), layout):
+            print(f"{case.name}: {name}")  # shown when the test fails
+            testing.check_parity(cases, inputs, "triton")
+
+
 @pytest.mark.parametrize("op", CASES)
 def test_random_shapes(op):
     cases = CASES[op]

@@ -55,9 +55,10 @@ class _Scatter(torch.autograd.Function):
         return grad_x if to_x else None, None, grad_base if to_base else None, None, None, None
 
 
-def _check_ids_keep(
+def _checked_ids(
     op: str, ids_keep: Tensor, cu_seqlens: Tensor | None, device: torch.device, num_images: int
-) -> None:
+) -> tuple[Tensor, Tensor | None]:
+    """`ids_keep` and `cu_seqlens`, checked and contiguous."""
     check_dtype(op, "ids_keep", ids_keep, (torch.int64,))
     check_device(op, "ids_keep", ids_keep, device)
     if cu_seqlens is None:
@@ -67,6 +68,8 @@ def _check_ids_keep(
         check_shape(op, "ids_keep", ids_keep, "T")
         if cu_seqlens.shape[0] != num_images + 1:
             raise ValueError(f"{op}: cu_seqlens has shape {list(cu_seqlens.shape)}, want [{num_images + 1}]")
+        cu_seqlens = cu_seqlens.contiguous()
+    return ids_keep.contiguous(), cu_seqlens
 
 
 def gather_tokens(
@@ -96,8 +99,8 @@ def gather_tokens(
     op = "gather_tokens"
     check_dtype(op, "x", x, FLOATING)
     check_shape(op, "x", x, "B", "N", "D")
-    _check_ids_keep(op, ids_keep, cu_seqlens, x.device, x.shape[0])
-    return _Gather.apply(x, ids_keep.contiguous(), cu_seqlens, backends.choose(op, IMPL, x, backend))
+    ids_keep, cu_seqlens = _checked_ids(op, ids_keep, cu_seqlens, x.device, x.shape[0])
+    return _Gather.apply(x, ids_keep, cu_seqlens, backends.choose(op, IMPL, x, backend))
 
 
 def scatter_tokens(
@@ -138,7 +141,7 @@ def scatter_tokens(
         check_shape(op, "x", x, "T", "D")
         check_cu_seqlens(op, cu_seqlens, x.device)
         num_images = cu_seqlens.shape[0] - 1
-    _check_ids_keep(op, ids_keep, cu_seqlens, x.device, num_images)
+    ids_keep, cu_seqlens = _checked_ids(op, ids_keep, cu_seqlens, x.device, num_images)
     if ids_keep.shape[-1] != x.shape[-2]:
         raise ValueError(f"{op}: ids_keep has shape {list(ids_keep.shape)}, want {list(x.shape[:-1])}")
     if num_tokens < 1:
@@ -148,4 +151,4 @@ def scatter_tokens(
         check_device(op, "base", base, x.device)
         check_shape(op, "base", base, num_images, num_tokens, x.shape[-1])
     chosen = backends.choose(op, IMPL, x, backend)
-    return _Scatter.apply(x, ids_keep.contiguous(), base, cu_seqlens, num_tokens, chosen)
+    return _Scatter.apply(x, ids_keep, base, cu_seqlens, num_tokens, chosen)

@@ -36,6 +36,7 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         ctx.backend = backend
         flat = None if residual is None else residual.reshape(-1, weight.shape[0])
+        bias = None if bias is None else bias.contiguous()  # oneDNN does not look at its stride
         out = IMPL[backend].forward(x.reshape(-1, x.shape[-1]).contiguous(), weight, bias, flat)
         return out.view(*x.shape[:-1], weight.shape[0])
 
