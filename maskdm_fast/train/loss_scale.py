@@ -18,6 +18,8 @@ class LossScale:
 
     initial = 2.0**16
     growth_interval = 2000
+    least = 2.0**-24
+    """Losses that are sums, as those of score distillation, overflow at 1."""
 
     def __init__(self, device: torch.device) -> None:
         self.scale = torch.full((), self.initial, dtype=torch.float32, device=device)
@@ -30,11 +32,11 @@ class LossScale:
             found_inf: float32, 0-d: not 0 where the step's gradient was not finite.
 
         Returns:
-            float32, 0-d: 1 where the overflow is the scale's doing. At a scale of 1 or less it is not: the gradient
+            float32, 0-d: 1 where the overflow may be the scale's doing. At `least` or less it is not: the gradient
             itself is not finite.
         """
         overflow = found_inf > 0
-        skipped = overflow & (self.scale > 1.0)
+        skipped = overflow & (self.scale > self.least)
         streak = torch.where(overflow, 0, self._streak + 1)
         grown = streak >= self.growth_interval
         factor = torch.where(overflow, 0.5, torch.where(grown, 2.0, 1.0))

@@ -101,8 +101,9 @@ class ZeroEngine:
             model=model, optimizer=own, config=config, dist_init_required=False
         )
         if settings.precision == "fp16":
-            # At the smallest scale an overflow means divergence, which the meter tells better.
+            # At the least scale an overflow means divergence, which the meter tells better.
             self._zero.loss_scaler.raise_error_at_min_scale = False
+            self._zero.loss_scaler.min_scale = LossScale.least  # its configuration takes whole numbers
         self._optimizer, self._averages = own, optimizer.ema_decay is not None
         self._offloads = name == "zero3-offload"
         moves = settings.offload_idle and not self._offloads and self.device.type == "cuda"
@@ -177,7 +178,7 @@ class ZeroEngine:
             values = {"grad_norm": torch.where(norm < 0, torch.nan, norm)}
             if self._precision == "fp16":
                 values["loss_scale"] = torch.full_like(norm, scale)
-                values["skipped"] = torch.full_like(norm, float(overflow and scale > 1.0))
+                values["skipped"] = torch.full_like(norm, float(overflow and scale > LossScale.least))
             return values
 
     def _cut_gradients(self, limit: float) -> None:
@@ -217,9 +218,10 @@ class ZeroEngine:
                 groups["optimizer"][f"step.{name}"] = torch.tensor(int(state["step"]))
         if self._precision == "fp16" and self._world.is_main:
             scaler = self._zero.loss_scaler
+            streak = scaler.cur_iter - scaler.last_overflow_iter - 1  # goes on when the scale has doubled
             groups["loss_scale"] = {
                 "scale": torch.tensor(float(scaler.cur_scale)),
-                "streak": torch.tensor(scaler.cur_iter - scaler.last_overflow_iter - 1),
+                "streak": torch.tensor(streak % LossScale.growth_interval),
             }
         return groups
 
@@ -368,7 +370,6 @@ def _config(
             "initial_scale_power": int(LossScale.initial).bit_length() - 1,
             "loss_scale_window": LossScale.growth_interval,
             "hysteresis": 1,
-            "min_loss_scale": 1,
         },
         "steps_per_print": 2**62,
     }

@@ -58,10 +58,21 @@ def test_follows_pytorch(quick):
     assert scale_after(quick, steps) == wanted
 
 
-def test_an_overflow_at_scale_1_is_divergence(quick):
+def test_an_overflow_at_the_least_scale_is_divergence(quick, monkeypatch):
+    monkeypatch.setattr(LossScale, "least", 1.0)
     told = [quick.update(OVERFLOW).item() for _ in range(5)]  # at 8, 4, 2, 1, 1/2
     assert told == [1, 1, 1, 0, 0]
     assert quick.update(FINE).item() == 0
+
+
+def test_gradients_beyond_float16_find_their_scale():
+    """As those of score distillation, whose loss is a sum: at a scale of 1 they overflow."""
+    scale, gradient = LossScale(CPU), torch.tensor(1e6)
+    told = []
+    for _ in range(40):
+        overflow = (gradient * scale.scale).to(torch.float16).isinf()
+        told.append(bool(scale.update(overflow.to(torch.float32))))
+    assert told == [True] * 20 + [False] * 20 and scale.scale == 2.0**-4
 
 
 @pytest.mark.parametrize("done", range(6))
