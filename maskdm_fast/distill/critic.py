@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from maskdm_fast import ops, random
 from maskdm_fast.diffusion import Denoiser, to_x0
-from maskdm_fast.distill.networks import estimate, unlabelled
+from maskdm_fast.distill.networks import estimate, seen_labels
 from maskdm_fast.models.layers import LayerNorm, Linear
 from maskdm_fast.random import Stream
 
@@ -76,11 +76,12 @@ class Critic(nn.Module):
         return self.head(out) if tap == "encoder" else (out[0], self.head(out[1]))
 
 
-def logits(denoiser: Denoiser, xt: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+def logits(denoiser: Denoiser, xt: Tensor, t: Tensor, labels: Tensor | None, scale: float = 1.0) -> Tensor:
     """What the encoder of the network thinks of images, ``[B, N]``: positive for real ones. The decoder does not run.
 
-    Features without a head are averaged over their width.
+    Features without a head are averaged over their width. With a `scale` of 0 the labels are not shown.
     """
+    labels = seen_labels(labels, scale)
     return _as_logits(denoiser.model(xt, denoiser.schedule.time_input(t), None, labels, tap="encoder"), xt)
 
 
@@ -88,10 +89,10 @@ def estimate_and_logits(
     denoiser: Denoiser, xt: Tensor, t: Tensor, labels: Tensor | None, scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """The estimate of x0, guided by `scale`, and the logits: from one call of the network unless there is guidance."""
-    labels_of_x0 = unlabelled(labels) if scale == 0.0 else labels
     if scale not in (0.0, 1.0):
         return estimate(denoiser, xt, t, labels, scale), logits(denoiser, xt, t, labels)
-    pred, features = denoiser.model(xt, denoiser.schedule.time_input(t), None, labels_of_x0, tap="both")
+    labels = seen_labels(labels, scale)
+    pred, features = denoiser.model(xt, denoiser.schedule.time_input(t), None, labels, tap="both")
     alpha, sigma = denoiser.schedule.alpha_sigma(t)
     return to_x0(pred.to(xt.dtype), xt, alpha, sigma, denoiser.prediction), _as_logits(features, xt)
 

@@ -99,13 +99,13 @@ class GuidanceScales:
 def estimate(denoiser: Denoiser, xt: Tensor, t: Tensor, labels: Tensor | None, scale: float = 1.0) -> Tensor:
     """The estimate of x0, guided by `scale`; ``[B, N, P*P*C]``."""
     if scale == 0.0:
-        return denoiser(xt, t, unlabelled(labels))
+        return denoiser(xt, t, seen_labels(labels, scale))
     return denoiser(xt, t, labels, Guidance(scale))
 
 
-def unlabelled(labels: Tensor | None) -> Tensor | None:
-    """Labels -1, which stand for none."""
-    return None if labels is None else torch.full_like(labels, -1)
+def seen_labels(labels: Tensor | None, scale: float) -> Tensor | None:
+    """The labels that a network is asked with for guidance by `scale`: at 0 they are -1, which stands for none."""
+    return torch.full_like(labels, -1) if labels is not None and scale == 0.0 else labels
 
 
 def drop_labels(

@@ -75,7 +75,7 @@ class SiDA(SiD):
         real_xt = noisy_real(images, shape, batch.alpha, batch.sigma, dtype=dtype, **draw)
         scale = self.guidance.fake_training
         fake, generated = estimate_and_logits(networks.fake, batch.xt, batch.t, batch.labels, scale)
-        real = logits(networks.fake, real_xt, batch.t, batch.labels)
+        real = logits(networks.fake, real_xt, batch.t, batch.labels, scale)
         denoising = self.fake_score.loss(fake, batch.images, batch.alpha, batch.sigma, networks.fake.prediction)
         keep = is_finite(batch.images, generated, real)
         critic = 0.5 * (loss_if_real(only(real, keep)) + loss_if_fake(only(generated, keep)))

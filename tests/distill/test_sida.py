@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from maskdm_fast import random
 from maskdm_fast.diffusion import make_schedule, patchify
-from maskdm_fast.distill import METHODS, Critic, CriticHead, LevelDraw, Method, SiD, SiDA
+from maskdm_fast.distill import DMD2, METHODS, Critic, CriticHead, GuidanceScales, LevelDraw, Method, SiD, SiDA
 from maskdm_fast.distill.critic import estimate_and_logits, logits, noisy_real
 from maskdm_fast.distill.networks import add_noise, estimate
 from maskdm_fast.distill.sida import mean_weight
@@ -21,6 +21,10 @@ DRAW = {"seed": 5, "step": 3, "slots": SLOTS}
 IMAGES = torch.randint(0, 256, (4, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 TOKENS = torch.randn(4, 4, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 T = torch.tensor([10, 400, 700, 999])
+
+
+def with_head(model):
+    return Critic(model, CriticHead(CONFIG.dim, seed=4))
 
 
 def scales_of(networks, t):
@@ -157,6 +161,23 @@ def test_the_fake_loss_is_that_of_the_formula():
     assert F.cosine_similarity(got, expected, dim=0) > 0.999
     with pytest.raises(ValueError, match="compares with images of the data set"):
         method.fake_loss(networks, LABELS, **DRAW)
+
+
+@pytest.mark.parametrize("mode", ["none", "teacher", "lsg", "zero"])
+@pytest.mark.parametrize("method", [SiDA, DMD2])
+def test_the_discriminator_sees_the_same_labels_of_real_and_generated_images(method, mode):
+    """With labels of real images alone it would win by those."""
+    networks, seen = uvit_networks("edm", wrap=with_head if method is DMD2 else lambda model: model), []
+
+    def look(module, arguments, keywords):
+        if keywords.get("tap"):
+            seen.extend(arguments[3].view(-1, len(LABELS)).tolist())
+
+    networks.fake.model.register_forward_pre_hook(look, with_kwargs=True)
+    scale = 1.0 if mode in ("none", "zero") else 2.0
+    method(guidance=GuidanceScales.of_mode(mode, scale)).fake_loss(networks, LABELS.clamp(min=0), IMAGES, **DRAW)
+    first, second = seen
+    assert first == second and (set(first) == {-1}) == (method is SiDA and mode == "zero")
 
 
 @pytest.mark.parametrize("weighting", ["l1", "none"])
