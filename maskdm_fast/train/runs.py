@@ -61,6 +61,7 @@ def train(
     if teacher is not None:
         config = fit_to_teacher(config, teacher, world)
     store = world.on_each_machine(lambda: open_store(config, teacher))
+    _check_same_data(store.header, world)
     config = fit_to_latents(fit_to_classes(config, store.class_names), store.header)
     settled = _settle_engine(config, world)
     score = None
@@ -166,6 +167,20 @@ def open_store(config: RunConfig, teacher: Weights | None = None) -> ImageStore:
             f"num_classes is {config.model.num_classes}, but the data set has {classes} classes; want 0 or {classes}"
         )
     return store
+
+
+def _check_same_data(header: StoreHeader, world: World) -> None:
+    """Raise ValueError in every process if one of them has opened another data set than the main one."""
+    names = ("shape", "checksum", "class_names", "latents", "bound")
+    main, *others = world.everywhere(lambda: {name: getattr(header, name) for name in names})
+    for rank, other in enumerate(others, start=1):
+        changed = [name for name in names if other[name] != main[name]]
+        if changed:
+            counts = [each["shape"][0] for each in (main, other)]
+            raise ValueError(
+                f"the data set of rank {rank} differs from that of rank 0 in {', '.join(changed)} ({counts[1]} and "
+                f"{counts[0]} images). Give all machines the same images, best as one .store copied to each"
+            )
 
 
 def fit_to_classes(config: RunConfig, class_names: Sequence[str]) -> RunConfig:

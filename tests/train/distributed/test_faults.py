@@ -4,6 +4,7 @@ whole checkpoint as if nothing had been."""
 import functools
 import os
 import re
+import shutil
 import signal
 
 import pytest
@@ -89,6 +90,21 @@ def test_a_folder_that_the_other_process_does_not_see(make_run, launch, tmp_path
     assert "elsewhere is not the one that the main process writes to" in ended[1].error
     assert ended[0].error.startswith("PeerError: rank 1: RuntimeError: the run folder")
     assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("change", ["an image less", "a class of another name"])
+def test_a_data_set_that_is_not_that_of_the_other_process(make_run, class_folder, launch, tmp_path, change):
+    shutil.copytree(class_folder, tmp_path / "copy")
+    if change == "an image less":
+        next((tmp_path / "copy" / "2").iterdir()).unlink()
+        words = r"shape, checksum \(23 and 24 images\)"
+    else:
+        (tmp_path / "copy" / "2").rename(tmp_path / "copy" / "3")
+        words = r"class_names \(24 and 24 images\)"
+    ended = launch([make_run("ddp", data=str(data)) for data in (class_folder, tmp_path / "copy")], tmp_path / "run")
+    for one in ended:
+        assert re.match(f"ValueError: the data set of rank 1 differs from that of rank 0 in {words}", one.error)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.filterwarnings("default::RuntimeWarning")
