@@ -108,6 +108,16 @@ class ScoreDistillationConfig(DistillationConfig):
         """Only a discriminator does."""
         return self.make().needs_images
 
+    @property
+    def num_fake_updates(self) -> int:
+        """Updates of the fake network for each of the generator's."""
+        return METHODS[self.method].fake_updates if self.fake_updates is None else self.fake_updates
+
+    @property
+    def images_per_update(self) -> float:
+        """See `StageConfig`: each of the fake network's updates has a batch."""
+        return self.num_fake_updates * self.batch_size
+
     def make(self) -> Method:
         """The method.
 

@@ -152,7 +152,7 @@ def _score_distillation(config: RunConfig, model: UViTConfig) -> Plan:
     stage = config.stage
     method = stage.make()
     steps = stage.num_steps, stage.trained_steps
-    every = method.fake_updates if stage.fake_updates is None else stage.fake_updates
+    every = stage.num_fake_updates
     head = stage.method == "dmd2" and method.needs_images
     note = ""
     if stage.method == "sida":
@@ -285,10 +285,12 @@ def _merged(parts: list[Part]) -> list[Part]:
     merged = []
     for group in groups.values():
         calls = sum(part.calls for part in group)
+        if len(group) == 1 or not calls:
+            merged.append(group[0])
+            continue
         forward, backward = (
             sum((getattr(part, name) * (part.calls / calls) for part in group), NOTHING)
             for name in ("forward", "backward")
         )
-        one = dataclasses.replace(group[0], calls=calls, forward=forward, backward=backward)
-        merged.append(group[0] if len(group) == 1 else one)
+        merged.append(dataclasses.replace(group[0], calls=calls, forward=forward, backward=backward))
     return merged

@@ -103,6 +103,11 @@ class PolicyDistillationConfig(DistillationConfig):
         """Those of the policy."""
         return self.num_steps
 
+    @property
+    def images_per_update(self) -> float:
+        """See `StageConfig`: all of the policy's updates in an iteration share a batch."""
+        return self.batch_size / self.num_policy_updates
+
     def method(self) -> DxMIConfig:
         """What an iteration computes.
 

@@ -47,7 +47,8 @@ class StageConfig:
     max_grad_norm: float | None = 1.0
     """Scale the gradient down to this global L2 norm; None: never."""
     ema_half_life_images: int = 100_000
-    """Half-life of the weights' moving average: decay per step = 0.5 ** (batch_size / ema_half_life_images)."""
+    """Half-life of the weights' moving average: decay per update = 0.5 ** (images / ema_half_life_images), with the
+    images of one update: a batch, but where a distillation makes more or fewer updates of the student than batches."""
     hflip: float = 0.0
     """Probability of mirroring an image left to right."""
     class_balance: float = 0.0
@@ -61,9 +62,14 @@ class StageConfig:
     """Which weights of `init_from`: the moving average, or the trained weights themselves."""
 
     @property
+    def images_per_update(self) -> float:
+        """Training images from one update of the averaged network to the next."""
+        return self.batch_size
+
+    @property
     def ema_decay(self) -> float:
-        """EMA decay per optimizer step, ``0.5 ** (batch_size / ema_half_life_images)``."""
-        return 0.5 ** (self.batch_size / self.ema_half_life_images)
+        """EMA decay per update of the averaged network, ``0.5 ** (images_per_update / ema_half_life_images)``."""
+        return 0.5 ** (self.images_per_update / self.ema_half_life_images)
 
     @property
     def sampling_steps(self) -> int:

@@ -79,6 +79,6 @@ def emoji32_distill_dxmi() -> RunConfig:
             value_width=32,
             warmup_images=640,
             num_policy_updates=2,
-            ema_half_life_images=500,
+            ema_half_life_images=250,
         )
     )

@@ -22,7 +22,14 @@ from maskdm_fast.train.config import (
 )
 
 _OUTPUT = OutputConfig(log_images=100_000, checkpoint_images=5_000_000, preview_images=64)
-_FOUR_STEPS = {"num_steps": 4, "num_policy_updates": 4, "rho": 4.0, "stochastic_last": True, "skip_last": 0}
+_FOUR_STEPS = {
+    "num_steps": 4,
+    "num_policy_updates": 4,
+    "rho": 4.0,
+    "stochastic_last": True,
+    "skip_last": 0,
+    "ema_half_life_images": 500_000,
+}
 
 
 def _run(model: str, stage: ScoreDistillationConfig | PolicyDistillationConfig) -> RunConfig:
@@ -140,6 +147,7 @@ def imagenet64_dxmi() -> RunConfig:
         lr=1e-8,
         max_grad_norm=None,
         value_max_grad_norm=0.1,
+        ema_half_life_images=50_000,
     )
     return replace(_run("uvit-mid64", stage), class_conditional=True, data="imagenet64")
 

@@ -61,8 +61,7 @@ class ScoreDistillationStage:
         self._config, self._world, self._teacher = config, world, teacher
         self._generator, self._fake = generator, fake
         self._method: Method = stage.make()
-        updates = self._method.fake_updates if stage.fake_updates is None else stage.fake_updates
-        self._alternation = Alternation(updates)
+        self._alternation = Alternation(stage.num_fake_updates)
         # What is not trained in an update is called by itself: an engine would prepare for its gradients.
         self._in_fake_update = self._networks(fake.engine.model, generator.module)
         self._in_generator_update = self._networks(fake.module, generator.engine.model)
