@@ -6,6 +6,7 @@ that they keep their meaning when the batch size changes.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -199,13 +200,16 @@ class RunConfig(SharedConfig):
     def validate(self) -> None:
         """Raise ValueError for the first value that cannot work, before anything is read or written."""
         check_seed(self.seed)
-        if self.latents is not None:
+        bound = self.latent_bound
+        check("latent_bound", bound, bound is None or 0 < bound < math.inf, "a number more than 0, or None")
+        if self.latents is None:
+            check("there is no latent_scale, and latent_shift", self.latent_shift, not self.latent_shift, "0")
+        else:
             self.latents.check()
-            bound = self.latent_bound
-            check("latent_bound", bound, bound is None or bound > 0, "more than 0, or None")
             for part, name in ((self.stage, "hflip"), (self.output, "preview_images"), (self.output, "score_images")):
                 value = getattr(part, name)
-                check(f"the data set holds latents; {name}", value, not value, _NO_LATENTS[name])
+                known_by = f"latent_scale is {self.latent_scale}, so the data set holds latents; {name}"
+                check(known_by, value, not value, _NO_LATENTS[name])
         self.diffusion.validate(self.model)
         self.stage.validate(self.model, has_classes=self.class_conditional or self.model.num_classes > 0)
         self.output.validate()
@@ -221,6 +225,11 @@ class RunConfig(SharedConfig):
             raise ValueError(
                 f"optimizer_kernel apex computes AdamW without a loss scale, but the run has optimizer "
                 f"{self.stage.optimizer} and precision {self.precision}; leave it out"
+            )
+        if isinstance(self.stage, PolicyDistillationConfig) and self.precision == "fp16":
+            raise ValueError(
+                "policy distillation steps the policy's network and its noise after one backward pass, for which there "
+                "is no common loss scale; use --precision bf16"
             )
 
     def to_dict(self) -> dict[str, Any]:

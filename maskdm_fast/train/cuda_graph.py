@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from maskdm_fast.ops import streams
-from maskdm_fast.train.config import RunConfig
 from maskdm_fast.train.engine import EngineSettings, OptimizerSettings, Work
 from maskdm_fast.train.plain_engine import DataParallelEngine, PlainEngine
 from maskdm_fast.train.world import World
@@ -35,33 +34,6 @@ class Recorder(Protocol):
     def record(self, work: Callable[[], Any]) -> Callable[[], None]:
         """Record what `work` launches; returns what runs it again."""
         ...
-
-
-def check_cuda_graph(config: RunConfig, device: torch.device, engine: str) -> None:
-    """Refuse what cannot be recorded.
-
-    Args:
-        config: of the run.
-        device: where it computes.
-        engine: its engine, by name, not auto.
-
-    Raises:
-        ValueError: the run is on the CPU, its engine is ZeRO, or the shapes of its batches depend on draws.
-    """
-    mend = "; leave out --cuda-graph"
-    if device.type != "cuda":
-        raise ValueError(f"cuda_graph needs a GPU, but the run is on {device.type}{mend}")
-    if engine not in ("plain", "ddp"):
-        raise ValueError(
-            f"cuda_graph goes with the engines plain and ddp, but the engine is {engine}, which moves weights and "
-            f"gradients between processes while it computes{mend}, or take --engine plain or ddp"
-        )
-    stage = config.stage
-    if stage.mask.varies or stage.unmasked_share:
-        raise ValueError(
-            "cuda_graph needs the same number of visible patches in every image, but the mask has a range of ratios or "
-            f"some images stay whole (unmasked_share {stage.unmasked_share}){mend}, or give the mask a single ratio"
-        )
 
 
 def flat_gradients(parameters: Iterable[nn.Parameter]) -> Tensor:

@@ -12,16 +12,17 @@ FITTING_SHARE = 0.9
 """Share of a memory that may be planned for; the rest is for what the estimate leaves out, and for fragmentation."""
 
 
-def check_engine(config: RunConfig, engine: str, world_size: int) -> None:
+def check_engine(config: RunConfig, engine: str, world_size: int, place: Place) -> None:
     """Raise for an engine that cannot do what the run asks for; the message says the mend.
 
     Args:
         config: of the run.
         engine: one of `ENGINES`.
         world_size: processes.
+        place: kind of device.
 
     Raises:
-        ValueError: the engine does not go with the processes or with the options.
+        ValueError: the engine does not go with the processes, the device or the options.
         RuntimeError: it needs DeepSpeed, which is not installed.
     """
     machine = config.machine
@@ -29,8 +30,8 @@ def check_engine(config: RunConfig, engine: str, world_size: int) -> None:
         raise ValueError(f"engine plain is one process, but there are {world_size}; use --engine ddp")
     if engine == "ddp" and world_size == 1:
         raise ValueError("engine ddp is for several processes, but there is one; start it with torchrun, or use plain")
-    if machine.cuda_graph and isinstance(config.stage, DistillationConfig):
-        raise ValueError("cuda_graph records denoising only, not distillation; leave out --cuda-graph")
+    if machine.cuda_graph:
+        _check_cuda_graph(config, engine, place)
     if engine in ("plain", "ddp"):
         return
     if backend.package_versions()["deepspeed"] is None:
@@ -42,15 +43,31 @@ def check_engine(config: RunConfig, engine: str, world_size: int) -> None:
         raise ValueError(f"optimizer lamb needs the norms of whole tensors, which {engine} divides; use plain or ddp")
     if machine.optimizer_kernel == "apex" or machine.layer_norm == "apex":
         raise ValueError(f"the kernels of apex are for the engines plain and ddp, not for {engine}; leave them out")
-    if machine.cuda_graph:
-        raise ValueError(
-            f"{engine} decides on the host what to send, which a CUDA graph cannot record; leave out --cuda-graph, or "
-            "use plain or ddp"
-        )
     if machine.compile and engine.startswith("zero3"):
         raise ValueError(
             f"{engine} gathers and drops weights around every layer, which torch.compile cannot trace; leave out "
             "--compile, or use zero2"
+        )
+    if config.precision == "fp16" and place == "cpu":
+        raise ValueError(f"engine {engine} computes in float16 on GPUs only; use --precision bf16, or --engine ddp")
+
+
+def _check_cuda_graph(config: RunConfig, engine: str, place: Place) -> None:
+    mend = "; leave out --cuda-graph"
+    if isinstance(config.stage, DistillationConfig):
+        raise ValueError(f"cuda_graph records denoising only, not distillation{mend}")
+    if place == "cpu":
+        raise ValueError(f"cuda_graph needs a GPU, but the run is on the CPU{mend}")
+    if engine not in ("plain", "ddp"):
+        raise ValueError(
+            f"cuda_graph goes with the engines plain and ddp, but the engine is {engine}, which decides on the host "
+            f"what to move between processes while it computes{mend}, or take --engine plain or ddp"
+        )
+    stage = config.stage
+    if stage.mask.varies or stage.unmasked_share:
+        raise ValueError(
+            "cuda_graph needs the same number of visible patches in every image, but the mask has a range of ratios or "
+            f"some images stay whole (unmasked_share {stage.unmasked_share}){mend}, or give the mask a single ratio"
         )
 
 
@@ -75,11 +92,10 @@ def choose_engine(
         ValueError: the named engine cannot work, or none fits.
         RuntimeError: as `check_engine`.
     """
-    named = config.machine.engine
+    named, place = config.machine.engine, _place(host_memory)
     if named != "auto":
-        check_engine(config, named, world_size)
+        check_engine(config, named, world_size, place)
         return named, "named by --engine"
-    place: Place = "cpu" if host_memory is None else "cuda"
     found = {name: _judge(config, name, world_size, place) for name in _candidates(world_size, place)}
     if device_memory is None:
         name = next(iter(found))
@@ -105,6 +121,10 @@ def room_for_data(memory: Memory, device_memory: float) -> int:
     return max(0, int(FITTING_SHARE * device_memory - memory.total))
 
 
+def _place(host_memory: float | None) -> Place:
+    return "cpu" if host_memory is None else "cuda"
+
+
 def _candidates(world_size: int, place: Place) -> list[str]:
     # Zero 1 to 3 divide nothing in one process.
     names = ["plain", "zero3-offload"] if world_size == 1 else list(ENGINES[1:])
@@ -114,7 +134,7 @@ def _candidates(world_size: int, place: Place) -> list[str]:
 def _judge(config: RunConfig, engine: str, world_size: int, place: Place) -> Memory | str:
     """What an engine takes; or, in words, why it cannot run."""
     try:
-        check_engine(config, engine, world_size)
+        check_engine(config, engine, world_size, place)
     except (ValueError, RuntimeError) as error:
         return str(error)
     return memory_per_rank(config, engine, world_size, place=place)
@@ -131,7 +151,7 @@ def _on_host(memory: Memory) -> str:
 
 def _mend(config: RunConfig, world_size: int, device_memory: float, host_memory: float | None) -> str:
     """What would fit, as options; the first of each kind."""
-    place: Place = "cpu" if host_memory is None else "cuda"
+    place = _place(host_memory)
 
     def engine_for(machine: MachineConfig, processes: int) -> str | None:
         changed = dataclasses.replace(config, machine=machine)
@@ -168,4 +188,4 @@ def _mend(config: RunConfig, world_size: int, device_memory: float, host_memory:
             mends.append(f"{processes} processes ({engine})")
             break
         processes *= 2
-    return f"What would fit: {'; '.join(mends)}." if mends else "Make the model smaller (--model.dim, --model.depth)."
+    return f"What would fit: {'; '.join(mends)}." if mends else "Make the model smaller (--dim, --depth)."

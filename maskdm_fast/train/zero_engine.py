@@ -63,7 +63,6 @@ class ZeroEngine:
 
     Raises:
         RuntimeError: DeepSpeed is not installed.
-        ValueError: float16 is asked for on the CPU.
     """
 
     def __init__(
@@ -75,8 +74,6 @@ class ZeroEngine:
         world: World,
         values: Values,
     ) -> None:
-        if settings.precision == "fp16" and world.device.type == "cpu":
-            raise ValueError(f"engine {name} computes in float16 on GPUs only; use --precision bf16, or --engine ddp")
         deepspeed = _import_deepspeed(world.device)
         self._stage, self._world, self._precision = STAGES[name], world, settings.precision
         if not dist.is_initialized():

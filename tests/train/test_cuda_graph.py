@@ -1,5 +1,7 @@
 """What surrounds the graphs, without a GPU; tests/gpu/test_cuda_graph.py replays real ones."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -8,12 +10,12 @@ from maskdm_fast.diffusion.mask_schedule import MaskSchedule
 from maskdm_fast.diffusion.masking import NoMask, PatchMask
 from maskdm_fast.models import UViT
 from maskdm_fast.train import cuda_graph
-from maskdm_fast.train.cuda_graph import GraphEngine, MicroBatchGraphs, check_cuda_graph, flat_gradients
+from maskdm_fast.train.config import RunConfig
+from maskdm_fast.train.cuda_graph import GraphEngine, MicroBatchGraphs, flat_gradients
 from maskdm_fast.train.engine import EngineSettings, OptimizerSettings
+from maskdm_fast.train.engine_choice import check_engine
 from maskdm_fast.train.stages import Batch, DenoisingStage, build_stage
 from maskdm_fast.train.world import World
-
-CUDA = torch.device("cuda")
 
 
 class Deferred:
@@ -132,16 +134,20 @@ def test_gradients_are_parts_of_one_tensor():
 
 
 def test_what_is_refused(make_config):
-    check_cuda_graph(make_config(), CUDA, "plain")
-    check_cuda_graph(make_config(mask=NoMask()), CUDA, "ddp")
-    for config, device, engine, message in (
-        (make_config(), torch.device("cpu"), "plain", "needs a GPU"),
-        (make_config(), CUDA, "zero1", "engine is zero1"),
-        (make_config(mask=PatchMask(0.5, 0.9)), CUDA, "plain", "range of ratios"),
-        (make_config(unmasked_share=0.1), CUDA, "plain", "unmasked_share 0.1"),
+    def check(config: RunConfig, engine: str, place: str) -> None:
+        machine = replace(config.machine, cuda_graph=True)
+        check_engine(replace(config, machine=machine), engine, 1 if engine == "plain" else 2, place)
+
+    check(make_config(), "plain", "cuda")
+    check(make_config(mask=NoMask()), "ddp", "cuda")
+    for config, engine, place, message in (
+        (make_config(), "plain", "cpu", "needs a GPU"),
+        (make_config(), "zero1", "cuda", "engine is zero1"),
+        (make_config(mask=PatchMask(0.5, 0.9)), "plain", "cuda", "range of ratios"),
+        (make_config(unmasked_share=0.1), "plain", "cuda", "unmasked_share 0.1"),
     ):
         with pytest.raises(ValueError, match=message) as raised:
-            check_cuda_graph(config, device, engine)
+            check(config, engine, place)
         assert "leave out --cuda-graph" in str(raised.value)
 
 

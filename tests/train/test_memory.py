@@ -187,6 +187,14 @@ def test_what_is_said_to_fit_fits():
         choose_engine(HUGE, 8, 1e9, math.inf)
 
 
+def test_float16_under_zero_needs_a_gpu():
+    config = on(replace(HUGE, precision="fp16"), engine="zero2")
+    assert choose_engine(config, 2, 80e9, math.inf)[0] == "zero2"
+    with pytest.raises(ValueError, match="zero2 computes in float16 on GPUs only"):
+        choose_engine(config, 2, 80e9, None)
+    assert choose_engine(on(config, engine="auto"), 2, 1e12, None)[0] == "ddp"
+
+
 @pytest.mark.parametrize(
     ("engine", "processes", "changes", "mend"),
     [
@@ -204,7 +212,8 @@ def test_named_engines_that_cannot_work_name_the_mend(engine, processes, changes
     with pytest.raises(ValueError, match=mend):
         choose_engine(config, processes, None)
     if changes:
-        check_engine(on(config, **{name: getattr(MachineConfig(), name) for name in changes}), engine, processes)
+        mended = on(config, **{name: getattr(MachineConfig(), name) for name in changes})
+        check_engine(mended, engine, processes, "cuda")
 
 
 def test_named_engines_are_taken_whether_they_fit_or_not():
@@ -237,6 +246,7 @@ def test_memory_of_the_machine(tmp_path):
 
 def test_dry_run_tells_engine_and_memory():
     text = describe(replace(HUGE, stage=replace(HUGE.stage, num_images=256)), ("h100", "h200"), (1, 8))
+    describe(replace(HUGE, model=replace(HUGE.model, depth=1)), ("h100",), (1,))  # some of its parts are called never
     for name in ENGINES:
         assert text.count(f"\n  {name} ") == (1 if name in ("plain", "ddp") else 2)
     plain, ddp = (memory_per_rank(HUGE, name, count) for name, count in (("plain", 1), ("ddp", 8)))

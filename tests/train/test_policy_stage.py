@@ -314,7 +314,7 @@ def test_what_cannot_be_built(make):
     with pytest.raises(ValueError, match=r"cuda_graph .*not distillation; leave out --cuda-graph"):
         build(make(cuda_graph=True))
     with pytest.raises(ValueError, match=r"no common loss scale; use --precision bf16"):
-        build(make(precision="fp16"))
+        make(precision="fp16").validate()
     config = make()
     with pytest.raises(ValueError, match="a distillation needs a teacher"):
         build_stage(config, WORLD, None, None)

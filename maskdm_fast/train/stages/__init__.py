@@ -42,7 +42,7 @@ def build_stage(
     if config.machine.engine == "auto":
         engine = "plain" if world.world_size == 1 else "ddp"
         config = replace(config, machine=replace(config.machine, engine=engine))
-    check_engine(config, config.machine.engine, world.world_size)
+    check_engine(config, config.machine.engine, world.world_size, world.device.type)
     if isinstance(config.stage, DistillationConfig) and teacher is None:
         raise ValueError("a distillation needs a teacher")
     return STAGES[type(config.stage)].build(config, world, weights, teacher)

@@ -9,7 +9,6 @@ from maskdm_fast.diffusion import MaskedObjective
 from maskdm_fast.diffusion.masking import Mask
 from maskdm_fast.train.config import RunConfig
 from maskdm_fast.train.costs import counts_of_mask
-from maskdm_fast.train.cuda_graph import check_cuda_graph
 from maskdm_fast.train.engine import Engine
 from maskdm_fast.train.metrics import Values
 from maskdm_fast.train.pieces import Pieces, Reader
@@ -57,8 +56,6 @@ class DenoisingStage:
     def build(
         cls, config: RunConfig, world: World, weights: Weights | None, teacher: Weights | None = None
     ) -> "DenoisingStage":
-        if config.machine.cuda_graph:
-            check_cuda_graph(config, world.device, config.machine.engine)
         values = initial_values(config, weights, world)
         engine = engine_of(config, world, meta_network(config), optimizer_settings(config), values)
         return cls(config, engine, world)

@@ -121,11 +121,6 @@ class PolicyDistillationStage:
         cls, config: RunConfig, world: World, weights: Weights | None, teacher: Weights | None = None
     ) -> "PolicyDistillationStage":
         stage, machine = config.stage, config.machine
-        if config.precision == "fp16":
-            raise ValueError(
-                "policy distillation steps the policy's network and its noise after one backward pass, for which there "
-                "is no common loss scale; use --precision bf16"
-            )
         check_teacher(config, teacher)
         settings = optimizer_settings(config)
         network = meta_network(config)

@@ -49,4 +49,4 @@ def test_goes_on_bit_for_bit(make_run, finish, tmp_path, engine):
 def test_zero_needs_a_device_that_computes_in_fp16(make_run, launch, tmp_path):
     """DeepSpeed's accelerator for the CPU does not."""
     for one in launch(make_run("zero2", precision="fp16"), tmp_path / "run"):
-        assert one.error.startswith("ValueError: engine zero2 computes in float16 on GPUs only"), one.log
+        assert "ValueError: engine zero2 computes in float16 on GPUs only" in one.error, one.log
