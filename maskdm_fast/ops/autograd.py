@@ -2,22 +2,55 @@
 
 import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable as _once_differentiable
+from torch import Tensor
+
+Backward = Callable[..., Any]
 
 
-def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """torch's decorator of this name: a second derivative raises RuntimeError. Free where none is asked for.
+class _Refusal(torch.autograd.Function):
+    """The gradients as they are, of which nothing can be differentiated."""
 
-    The backward pass runs with gradients switched off unless it was started with ``create_graph=True``; torch's
-    decorator switches them off again, which takes as long as one of our small kernels.
+    @staticmethod
+    def forward(ctx: Any, op: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.op = op
+        return tuple(tensor.data for tensor in tensors[:count])  # not views, which could not be changed in place
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(
+            f"{ctx.op}: a second derivative is asked of it, and its gradients have none (once_differentiable); write "
+            "this part with PyTorch's own functions"
+        )
+
+
+def once_differentiable(op: str) -> Callable[[Backward], Backward]:
+    """Decorates the backward pass of an op: a second derivative through it raises RuntimeError. It has to save, and as
+    they were given, the inputs that its gradients depend on.
+
+    torch's decorator of this name lets two kinds pass as zero: it refuses only where the incoming gradient is itself a
+    function of something, and nowhere that `torch.autograd.grad`, given its inputs, does not look. Here what refuses
+    depends on all that the gradients do. Nothing is spent unless the pass was started with ``create_graph=True``:
+    gradients are switched off in every other.
     """
-    guarded = _once_differentiable(backward)
 
-    @functools.wraps(backward)
-    def wrapper(ctx: Any, *grads: Any) -> Any:
-        return guarded(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+    def decorate(backward: Backward) -> Backward:
+        @functools.wraps(backward)
+        def wrapper(ctx: Any, *grads: Tensor) -> Any:
+            if not torch.is_grad_enabled():
+                return backward(ctx, *grads)
+            saved = ctx.saved_tensors  # once: activation checkpointing does not hand them out again
+            with torch.no_grad():
+                context = SimpleNamespace(**vars(ctx), saved_tensors=saved, needs_input_grad=ctx.needs_input_grad)
+                results = backward(context, *grads)
+            found = [result for result in results if result is not None]
+            sources = [tensor for tensor in (*grads, *saved) if tensor is not None and tensor.requires_grad]
+            refusing = iter(_Refusal.apply(op, len(found), *found, *sources))
+            return tuple(None if result is None else next(refusing) for result in results)
 
-    return wrapper
+        return wrapper
+
+    return decorate

@@ -25,7 +25,7 @@ class _Gather(torch.autograd.Function):
         return IMPL[backend].gather(x, ids_keep, cu_seqlens)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("gather_tokens")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         ids_keep, cu_seqlens = ctx.saved_tensors
         return IMPL[ctx.backend].scatter(grad, ids_keep, None, cu_seqlens, ctx.num_tokens), None, None, None
@@ -47,7 +47,7 @@ class _Scatter(torch.autograd.Function):
         return IMPL[backend].scatter(x, ids_keep, base, cu_seqlens, num_tokens)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("scatter_tokens")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         ids_keep, cu_seqlens = ctx.saved_tensors
         to_x, _, to_base = ctx.needs_input_grad[:3]

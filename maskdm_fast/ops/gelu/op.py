@@ -18,13 +18,12 @@ _OP = "gelu"
 class _Gelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, backend: str) -> Tensor:
-        x = x.contiguous()
         ctx.save_for_backward(x)
         ctx.backend = backend
         return IMPL[backend].forward(x)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable(_OP)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         return IMPL[ctx.backend].backward(grad.contiguous(), x), None
@@ -47,4 +46,4 @@ def gelu(x: Tensor, *, backend: str | None = None) -> Tensor:
     Source: Hendrycks and Gimpel, "Gaussian Error Linear Units", arXiv 1606.08415.
     """
     check_dtype(_OP, "x", x, FLOATING)
-    return _Gelu.apply(x, backends.choose(_OP, IMPL, x, backend))
+    return _Gelu.apply(x.contiguous(), backends.choose(_OP, IMPL, x, backend))

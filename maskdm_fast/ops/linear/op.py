@@ -41,7 +41,7 @@ class _Linear(torch.autograd.Function):
         return out.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable(_OP)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         with_x, with_weight, with_bias, with_residual, _ = ctx.needs_input_grad

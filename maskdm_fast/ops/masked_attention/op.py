@@ -34,7 +34,7 @@ class _Attention(torch.autograd.Function):
         return o
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable(_OP)
     def backward(ctx: Any, grad_o: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, lse, cu_seqlens = ctx.saved_tensors
         q, k, v = inputs[0].unbind(-3) if len(inputs) == 1 else inputs

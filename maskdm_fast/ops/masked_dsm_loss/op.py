@@ -48,7 +48,7 @@ class _Loss(torch.autograd.Function):
         return IMPL[backend].forward(pred, target, weight, cu_seqlens, kind, delta, mean)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable(_OP)
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         pred, target, weight, cu_seqlens = ctx.saved_tensors
         kind, delta, mean, backend = ctx.options

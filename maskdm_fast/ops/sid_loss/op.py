@@ -44,7 +44,7 @@ class _Loss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable(_OP)
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         generated, teacher, fake, weight, xt, alpha_t, scale = ctx.saved_tensors
         alpha, normalised, mean, backend = ctx.options
