@@ -202,9 +202,16 @@ def fit_to_latents(config: RunConfig, header: StoreHeader) -> RunConfig:
     """`config` with scale, shift and bound of the latents that the data set holds, if it does.
 
     Raises:
-        ValueError: something is wished for that cannot be had with latents.
+        ValueError: something is wished for that cannot be had with latents, or with anything else.
     """
+    if config.latents not in (None, header.latents):
+        raise ValueError(f"the data set {config.data!r} holds {header.latents or 'images'}, not {config.latents}")
     if header.latents is None:
+        if config.latent_bound is not None:
+            raise ValueError(
+                f"latent_bound is {config.latent_bound}, but the data set {config.data!r} holds images, whose bound "
+                "is 1; leave it out"
+            )
         return config
     scale, shift = header.latents
     bound = header.bound if config.latent_bound is None else config.latent_bound

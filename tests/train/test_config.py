@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,13 @@ from maskdm_fast.diffusion.masking import BlockMask, CropMask, NoMask, PatchMask
 from maskdm_fast.distill import DMD2, GuidanceScales, SiD, SiDA
 from maskdm_fast.models import CONFIGS, UViTConfig
 from maskdm_fast.train import PRESETS, Recipe, RunConfig
-from maskdm_fast.train.config import DenoisingConfig, DiffusionConfig, MachineConfig, ScoreDistillationConfig
+from maskdm_fast.train.config import (
+    DenoisingConfig,
+    DiffusionConfig,
+    MachineConfig,
+    OutputConfig,
+    ScoreDistillationConfig,
+)
 from maskdm_fast.train.config_json import differences
 
 
@@ -244,6 +251,26 @@ def test_run_validation():
         RunConfig(seed=-1).validate()
     with pytest.raises(ValueError, match="micro_batch_size is 0"):
         RunConfig(machine=MachineConfig(micro_batch_size=0)).validate()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"latent_bound": -1.0}, "latent_bound is -1.0, want a number more than 0, or None"),
+        ({"latent_bound": math.nan}, "latent_bound is nan"),
+        ({"latent_bound": math.inf}, "latent_bound is inf"),
+        ({"latent_shift": 2.0}, "there is no latent_scale, and latent_shift is 2.0, want 0"),
+        ({"latent_scale": 0.0}, "the scale of latents is 0.0"),
+        ({"latent_scale": 2.0, "latent_bound": 0.0}, "latent_bound is 0.0"),
+        (
+            {"latent_scale": 2.0, "output": OutputConfig(preview_images=4)},
+            "latent_scale is 2.0, so the data set holds latents; preview_images is 4, want 0: pictures of latents",
+        ),
+    ],
+)
+def test_validation_of_latents_names_the_value(changes, message):
+    with pytest.raises(ValueError, match=message):
+        RunConfig(**changes).validate()
 
 
 def test_warmup_is_linear_and_the_first_step_learns():

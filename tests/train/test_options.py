@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from maskdm_fast.diffusion.masking import NoMask
 from maskdm_fast.models import UViT
 from maskdm_fast.train import checkpoint, load_weights, read_metrics, train
+from maskdm_fast.train.config import DiffusionConfig
 from maskdm_fast.train.feed import Feed
 
 
@@ -75,6 +77,20 @@ def test_classes_must_be_there(make_config, tmp_path, changes):
     with pytest.raises(ValueError, match=f"{next(iter(changes))} is .*has no classes; sub-folders are classes"):
         train(make_config(**changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_bound_of_latents_is_not_for_images(make_config, tmp_path):
+    """It clipped the samples of images: of a bound of -1 nothing was left."""
+    with pytest.raises(ValueError, match=r"latent_bound is 2\.0, but the data set .* holds images.*leave it out"):
+        train(make_config(latent_bound=2.0), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_scale_of_latents_without_any(make_config, make_student, tmp_path):
+    """Where there is no data set either, the teacher says what it would hold."""
+    train(make_config(num_images=4, mask=NoMask(), diffusion=DiffusionConfig(prediction="v")), tmp_path / "teacher")
+    with pytest.raises(ValueError, match=r"the data set 'none' holds images, not LatentScaling\(scale=2\.0"):
+        train(make_student(data="none", latent_scale=2.0), tmp_path / "run")
 
 
 def test_class_balance_evens_out_a_long_tail(make_config, tmp_path, class_folder, seen):
