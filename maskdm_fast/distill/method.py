@@ -70,7 +70,9 @@ class Method(Protocol):
         Returns:
             As `fake_loss`; also ``distance_per_image [B]``, the mean square of the difference between the estimates of
             teacher and fake, which does fall as the generator becomes better; and ``finite_share``, a scalar, the
-            share of images without a value that is no number. The others have loss and gradient 0.
+            share of images without a value that is no number. The others have loss 0, and so has their gradient at the
+            generator's output; where the generator itself has overflowed, its derivative makes NaN of that
+            (`networks.clean_gradients`).
         """
 
 

@@ -194,6 +194,9 @@ class GradientGate:
 def clean_gradients(parameters: Iterable[nn.Parameter], limit: float = 1e5, clip: float | None = None) -> None:
     """In place: a gradient that is no number becomes 0, an infinite one `limit`; then each is cut to `clip`.
 
+    One image in which the trained network overflowed makes NaN of the gradients of nearly all weights, so that the
+    update of its batch is lost, and the weights are not.
+
     Source: the code of Zhou et al., "Score identity Distillation", ICML 2024, before every step; that of "Adversarial
     Score identity Distillation", ICLR 2025, also cuts to 1.
     """

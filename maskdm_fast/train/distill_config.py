@@ -93,7 +93,8 @@ class ScoreDistillationConfig(DistillationConfig):
     """sida: images after which the generator has an adversarial loss. None: as published, 200,000."""
     max_grad_value: float | None = 1e5
     """Before each step, gradients that are no number become 0 and all are cut to this absolute value (sida: 1 is
-    published). None: never; float16 has its loss scale instead."""
+    published): an image in which the network that is trained overflows costs the update of its batch. None: never, so
+    that such an image costs the run; float16 has its loss scale instead."""
     batch_size: int = 256
     lr: float = 1e-5
     betas: tuple[float, float] = (0.0, 0.999)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from maskdm_fast import distill
-from maskdm_fast.train.config import RunConfig
+from maskdm_fast.train import PRESETS
+from maskdm_fast.train.config import RunConfig, ScoreDistillationConfig
 from maskdm_fast.train.generation import generate
 from maskdm_fast.train.metrics import Meter, TrainingDivergedError
 from maskdm_fast.train.pieces import Held
@@ -274,6 +275,36 @@ def test_a_generator_that_makes_some_images_learns_from_those(make, monkeypatch)
     assert float(row["finite_share"]) == pytest.approx(0.8)
     assert all(torch.isfinite(value).all() for value in row.values() if not isinstance(value, tuple))
     assert all(p.isfinite().all() for player in (stage._fake, stage._generator) for p in player.module.parameters())
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
+@pytest.mark.parametrize("method", ["sid", "sida", "dmd2"])
+def test_an_image_that_overflows_in_the_generator_costs_an_update_at_most(make, monkeypatch, method, micro_batch_size):
+    """With the clipping of imagenet64-dmd2, too. What overflows is the network, so its derivative is no number."""
+    options = {"micro_batch_size": micro_batch_size, "max_grad_norm": 10.0, "weight_decay": 0.0, **AT_ONCE[method]}
+    config = make(method=method, **options)
+    stage, real = build(config), distill.Generator._noise
+
+    def noise(generator, *arguments, **draw):
+        return torch.where((draw["slots"] == 1)[:, None, None], 1e38, real(generator, *arguments, **draw))
+
+    before = [parameter.clone() for parameter in stage._generator.module.parameters()]
+    with monkeypatch.context() as patch:
+        patch.setattr(distill.Generator, "_noise", noise)
+        (row,) = take_steps(stage, config, 0, 1)
+    assert row["finite_share"] == 0.75 and row["generator_loss"].isfinite() and row["generator_grad_norm"].isfinite()
+    for player in (stage._fake, stage._generator):
+        assert all(parameter.isfinite().all() for parameter in player.module.parameters())
+    kept = [torch.equal(a, b) for a, b in zip(before, stage._generator.module.parameters(), strict=True)]
+    assert sum(kept) > 0.8 * len(kept)
+    take_steps(stage, config, 1, 2)
+    assert not any(map(torch.equal, before, stage._generator.module.parameters()))
+
+
+def test_no_preset_can_lose_its_weights_to_an_image():
+    stages = [preset().stage for preset in PRESETS.values() if isinstance(preset(), RunConfig)]
+    score = [stage for stage in stages if isinstance(stage, ScoreDistillationConfig)]
+    assert len(score) > 10 and all(stage.max_grad_value is not None for stage in score)
 
 
 @pytest.mark.parametrize("num_classes", [0, 3])

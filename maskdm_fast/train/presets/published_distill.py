@@ -123,7 +123,6 @@ def imagenet64_dmd2() -> RunConfig:
         betas=(0.9, 0.999),
         weight_decay=0.01,
         max_grad_norm=10.0,
-        max_grad_value=None,
     )
     return replace(_run("uvit-mid64", stage), class_conditional=True, data="imagenet64")
 
