@@ -143,7 +143,8 @@ def _train(arguments: list[str]) -> int:
         from maskdm_fast.train.estimate import describe
         from maskdm_fast.train.teachers import taught
 
-        print(describe(taught(config, out), dry_run, num_processes))
+        if rank_from_environment()[0] == 0:
+            print(describe(taught(config, out), dry_run, num_processes))
         return 0
     result = train_recipe(config, out) if isinstance(config, Recipe) else train(config, out)
     if rank_from_environment()[0] == 0:

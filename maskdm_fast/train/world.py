@@ -238,12 +238,12 @@ def _short(text: str) -> str:
 def _launched() -> tuple[int, int, int]:
     """Rank, world size and local rank; puts srun's description into the variables that PyTorch and DeepSpeed read."""
     env = os.environ
-    if "RANK" not in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        job = int(env.get("SLURM_JOB_ID", "0"))
-        env.setdefault("MASTER_ADDR", _first_host(env["SLURM_STEP_NODELIST"]))
-        env.setdefault("MASTER_PORT", str(20000 + job % 20000))
-        env["WORLD_SIZE"], env["LOCAL_RANK"] = env["SLURM_STEP_NUM_TASKS"], env["SLURM_LOCALID"]
-        env["RANK"] = env["SLURM_PROCID"]
+    if "RANK" not in env and env.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+        if "MASTER_ADDR" not in env:
+            env["MASTER_ADDR"] = _first_host(env.get("SLURM_STEP_NODELIST", ""))
+        env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
+        for name, of_slurm in (("WORLD_SIZE", "STEP_NUM_TASKS"), ("LOCAL_RANK", "LOCALID"), ("RANK", "PROCID")):
+            env[name] = env.get(f"SLURM_{of_slurm}", "")
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     try:
         rank, world_size, local_rank = (int(env.get(name, default)) for name, default in zip(names, "010", strict=True))

@@ -65,6 +65,20 @@ def test_srun(environment):
     assert world_module._launched() == (2, 4, 1) and environment["MASTER_ADDR"] == "10.0.0.7"
 
 
+def test_srun_that_says_too_little(environment):
+    environment |= {name: value for name, value in SLURM.items() if name != "SLURM_STEP_NODELIST"}
+    with pytest.raises(ValueError, match="SLURM_STEP_NODELIST '' names no host; set MASTER_ADDR"):
+        world_module._launched()
+    environment["MASTER_ADDR"] = "10.0.0.7"
+    assert world_module._launched() == (3, 4, 1)
+    for name, message in (("SLURM_STEP_NUM_TASKS", "WORLD_SIZE=x"), ("SLURM_LOCALID", "LOCAL_RANK=x")):
+        for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            del environment[variable]
+        with pytest.raises(ValueError, match=f"make no sense: .*{message}"):
+            environment |= SLURM | {name: "x"}
+            world_module._launched()
+
+
 def test_a_batch_job_without_srun_is_one_process(environment):
     """sbatch sets variables of the job, but starts the script once."""
     environment |= {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
