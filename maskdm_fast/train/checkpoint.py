@@ -154,6 +154,11 @@ def save(run: Path, pieces: Pieces, state: Mapping[str, Any], *, keep: int, worl
     return target
 
 
+def exist(run: Path) -> bool:
+    """Whether a folder is that of a run which has got as far as its first checkpoint, whole or not."""
+    return bool(_candidates(run))
+
+
 def clean(run: Path) -> None:
     """Remove what interrupted writes left behind. Only the process that holds the run's lock may call this."""
     for leftover in (run / CHECKPOINTS_NAME).glob(f"{_TEMPORARY}*"):

@@ -28,7 +28,7 @@ from maskdm_fast.train.stages import build_stage
 from maskdm_fast.train.teachers import find_teacher, fit_to_teacher, keep_teacher
 from maskdm_fast.train.trackers import require_trackers
 from maskdm_fast.train.trainer import Trainer, TrainResult
-from maskdm_fast.train.weights import Weights, load_trained
+from maskdm_fast.train.weights import Weights, is_stage_name, load_trained, stage_folders
 from maskdm_fast.train.world import World, make_world
 
 
@@ -102,11 +102,21 @@ def _settle_engine(config: RunConfig, world: World) -> RunConfig:
 
 def _take(folder: Path, config: RunConfig, teacher: Weights | None, stack: ExitStack) -> None:
     """Make the run folder, hold it until `stack` closes, and write down what it is for and by whom it is taught."""
+    _check_one_meaning(folder.absolute())
     make_folder(folder)
     stack.enter_context(checkpoints.locked(folder))
     _claim(folder, config)
     if teacher is not None:
         keep_teacher(teacher, folder)
+
+
+def _check_one_meaning(folder: Path) -> None:
+    """Raise ValueError where a single run and stages of a recipe would share a folder, whose name would mean either."""
+    if is_stage_name(folder.name) and checkpoints.exist(folder.parent):
+        raise ValueError(f"{folder.parent} holds a run, so no stages of a recipe; choose another folder with --out")
+    stages = [stage.name for stage in stage_folders(folder) if checkpoints.exist(stage)]
+    if stages:
+        raise ValueError(f"{folder} holds stages of a recipe ({', '.join(stages)}); choose another folder with --out")
 
 
 def _check_shared(folder: Path, world: World) -> None:
@@ -253,9 +263,12 @@ def make_folder(folder: Path) -> None:
 
 
 def _claim(folder: Path, config: RunConfig) -> None:
-    """Write config.json, after checking that the folder was not begun with another configuration."""
+    """Write config.json, after checking that the folder was not begun with another configuration.
+
+    Until its first checkpoint there is nothing of a run to go on with, so it may be begun anew, and otherwise.
+    """
     path, new = folder / checkpoints.CONFIG_NAME, config.to_dict()
-    if path.exists():
+    if checkpoints.exist(folder) and path.exists():
         old: dict[str, Any] = RunConfig.from_dict(json.loads(path.read_text("utf-8"))).to_dict()
         changed = differences(old, new)
         if changed:

@@ -21,7 +21,8 @@ CHECK_NAME = "teacher.json"
 
 
 def find_teacher(config: RunConfig, folder: Path, world: World) -> Weights | None:
-    """The teacher of a run: the copy in its folder, else what the configuration names; None if the run distils nothing.
+    """The teacher of a run: the copy in its folder if it goes on, else what the configuration names; None if the run
+    distils nothing.
 
     Raises:
         FileNotFoundError: it is not there.
@@ -33,7 +34,7 @@ def find_teacher(config: RunConfig, folder: Path, world: World) -> Weights | Non
         return None
 
     def read() -> Weights:
-        if (folder / CHECK_NAME).exists():
+        if _goes_on(folder):
             _check_copy(folder, stage.teacher)
             return load_weights(folder / TEACHER_NAME, stage.teacher_weights)
         option = f"--teacher {stage.teacher}"
@@ -53,10 +54,15 @@ def check_kind(config: RunConfig, teacher: Weights) -> None:
 
 
 def keep_teacher(teacher: Weights, folder: Path) -> None:
-    """Write the copy of the teacher, if it is not there; the main process does."""
-    if not (folder / CHECK_NAME).exists():
+    """Write the copy of the teacher, unless it is that of a run that goes on; the main process does."""
+    if not _goes_on(folder):
         save_weights(teacher, folder / TEACHER_NAME)
         checkpoints.write_json_atomic(folder / CHECK_NAME, checkpoints.fingerprint(folder / TEACHER_NAME))
+
+
+def _goes_on(folder: Path) -> bool:
+    """Whether the folder has a copy of a teacher that a run was taught by, up to a checkpoint at least."""
+    return (folder / CHECK_NAME).exists() and checkpoints.exist(folder)
 
 
 def _check_copy(folder: Path, name: str) -> None:

@@ -195,15 +195,23 @@ def _find(path: Path | str, which: str) -> Checkpoint:
         raise FileNotFoundError(f"no such run or checkpoint folder: {path}")
     checkpoint = checkpoints.read(path) if (path / checkpoints.MANIFEST_NAME).exists() else checkpoints.newest(path)
     if checkpoint is None:
-        stages = sorted(
-            (p for p in path.iterdir() if re.match(r"\d+-", p.name)), key=lambda p: int(p.name.split("-")[0])
-        )
-        checkpoint = next(filter(None, (checkpoints.newest(stage) for stage in reversed(stages))), None)
+        checkpoint = next(filter(None, (checkpoints.newest(stage) for stage in reversed(stage_folders(path)))), None)
     if checkpoint is None:
         raise FileNotFoundError(
             f"{path} holds no checkpoint; give a run folder, a recipe folder or a checkpoint folder"
         )
     return checkpoint
+
+
+def is_stage_name(name: str) -> bool:
+    """Whether a folder of this name is taken for that of a stage of a recipe."""
+    return re.match(r"\d+-", name) is not None
+
+
+def stage_folders(path: Path) -> list[Path]:
+    """The folders of stages of a recipe in `path`, in their order."""
+    found = [part for part in path.iterdir() if is_stage_name(part.name)] if path.is_dir() else []
+    return sorted(found, key=lambda part: int(part.name.split("-")[0]))
 
 
 def _exported_state(path: Path) -> dict[str, Any] | None:
