@@ -1,6 +1,7 @@
 """Which noise levels are trained how often."""
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
@@ -46,8 +47,10 @@ class TimestepDraw:
     def __post_init__(self):
         if self.kind not in DRAWS:
             raise ValueError(f"unknown timestep draw {self.kind!r}, want one of {', '.join(DRAWS)}")
-        if not self.std > 0:
-            raise ValueError(f"the std of the timestep draw is {self.std}, want more than 0")
+        if not math.isfinite(self.mean):
+            raise ValueError(f"the mean of the timestep draw is {self.mean}, want a finite number")
+        if not 0 < self.std < math.inf:
+            raise ValueError(f"the std of the timestep draw is {self.std}, want more than 0, and finite")
         if self.num_strata is not None and self.num_strata < 1:
             raise ValueError(f"num_strata is {self.num_strata}, want the size of the global batch, or None")
 

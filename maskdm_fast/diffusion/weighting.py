@@ -1,6 +1,7 @@
 """How much the loss at each noise level counts."""
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
@@ -46,10 +47,10 @@ class LossWeight:
         if self.kind not in WEIGHTS:
             raise ValueError(f"unknown loss weight {self.kind!r}, want one of {', '.join(WEIGHTS)}")
         for name in ("min_snr_gamma", "p2_k"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, want more than 0")
-        if self.p2_gamma < 0:
-            raise ValueError(f"p2_gamma is {self.p2_gamma}, want 0 or more")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}, want more than 0, and finite")
+        if not 0 <= self.p2_gamma < math.inf:
+            raise ValueError(f"p2_gamma is {self.p2_gamma}, want 0 or more, and finite")
 
     def __call__(self, alpha: Tensor, sigma: Tensor, prediction: str) -> Tensor | None:
         """The weight of each image's mean squared error.

@@ -76,6 +76,8 @@ def test_types(name):
     [
         ({"kind": "beta"}, "unknown timestep draw 'beta', want one of uniform, lognormal"),
         ({"std": 0.0}, "std of the timestep draw is 0.0, want more than 0"),
+        ({"std": float("inf")}, "std of the timestep draw is inf, want more than 0, and finite"),
+        ({"mean": float("nan")}, "mean of the timestep draw is nan, want a finite number"),
         ({"num_strata": 0}, "num_strata is 0"),
     ],
 )

@@ -67,6 +67,7 @@ def test_is_finite_where_nothing_is_left_of_the_image():
         ({"min_snr_gamma": 0.0}, "min_snr_gamma is 0.0, want more than 0"),
         ({"p2_k": 0.0}, "p2_k is 0.0"),
         ({"p2_gamma": -1.0}, "p2_gamma is -1.0, want 0 or more"),
+        ({"p2_gamma": float("nan")}, "p2_gamma is nan, want 0 or more, and finite"),
     ],
 )
 def test_errors(settings, message):
