@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +37,8 @@ SHARD_BYTES = 16 << 30
 _log = logging.getLogger(__name__)
 _PACKING = 1  # goes into the packing key: raise it whenever the same files would decode to other bytes
 _TOLD = 512
+_PART = re.compile(r"[0-9a-f]{12}-\d{10}-\d{10}\.store")
+_PART_TEMPORARY = re.compile(rf"\.{_PART.pattern}\.\d+-[0-9a-f]{{8}}\.tmp")
 
 
 class _LeftOut(Exception):
@@ -236,12 +239,10 @@ def _whole(file: Path, fingerprint: str) -> ImageStore | None:
 
 
 def _sweep(folder: Path, keep: set[str]) -> None:
-    """Remove what earlier packings to the same name left in the folder of parts."""
-    for path in folder.glob("*.store"):
-        if path.name not in keep:
+    """Remove what earlier packings to the same name left in the folder of parts, and nothing that has another name."""
+    for path in list(folder.iterdir()) if folder.is_dir() else []:
+        if (_PART.fullmatch(path.name) and path.name not in keep) or _PART_TEMPORARY.fullmatch(path.name):
             path.unlink()
-    for path in folder.glob(".*.tmp"):
-        path.unlink()
 
 
 def _check_space(folder: Path, wanted: int) -> None:

@@ -161,14 +161,19 @@ def test_goes_on_after_the_last_whole_file(folder, tmp_path, monkeypatch, caplog
 
 def test_another_packing_to_the_same_name_replaces_it(folder, tmp_path):
     first = _pack(folder, tmp_path / "many.store", 4)
-    (tmp_path / "many.shards" / ".x.store.1-2.tmp").write_bytes(b"left by a killed writer")
+    folder_of_parts = tmp_path / "many.shards"
+    (folder_of_parts / f".{_parts(tmp_path)[0]}.12-0123abcd.tmp").write_bytes(b"left by a killed writer")
+    not_ours = ["a.store", f"b{_parts(tmp_path)[0]}", ".x.store.1-0123abcd.tmp", f".{_parts(tmp_path)[0]}.part.tmp"]
+    for name in not_ours:
+        (folder_of_parts / name).write_bytes(b"of someone else")
     (folder / "a" / "00.png").unlink()
     second = _pack(folder, tmp_path / "many.store", 6)
     assert first.header.checksum != second.header.checksum and len(first.images[:]) == 13  # still open
-    assert len(_parts(tmp_path)) == 2 and not list((tmp_path / "many.shards").glob(".*.tmp"))
+    assert len(_parts(tmp_path)) == 2 + 2 and len(list(folder_of_parts.glob(".*.tmp"))) == 2
     assert ImageStore.open(tmp_path / "many.store").header == second.header
     _pack(folder, tmp_path / "many.store", 13)
-    assert _parts(tmp_path) == [] and ImageStore.open(tmp_path / "many.store").num_files == 1
+    assert ImageStore.open(tmp_path / "many.store").num_files == 1
+    assert sorted(path.name for path in folder_of_parts.iterdir()) == sorted([*not_ours, ".lock"])
 
 
 def test_unreadable_images(folder, tmp_path, caplog):
