@@ -123,7 +123,7 @@ def _sets(folder: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         match = _IMAGES_NAME.fullmatch(path.name)
-        if match and not path.name.startswith(".") and path.is_file():
+        if match and not path.name.startswith(".") and not path.is_dir():
             found.setdefault(match["set"], path)
     return found
 
@@ -144,7 +144,8 @@ def _pick(folder: Path) -> Path:
 
 def _labels_path(images: Path, name: str) -> Path | None:
     candidates = (images.with_name(f"{name}labels{mark}idx1-ubyte{end}") for mark in "-." for end in ("", ".gz"))
-    return next((path for path in candidates if path.is_file()), None)
+    # A link to nothing counts: labels that are missed are told, and not left out.
+    return next((path for path in candidates if os.path.lexists(path)), None)
 
 
 def _read_labels(path: Path) -> np.ndarray:

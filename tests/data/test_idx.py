@@ -91,6 +91,18 @@ def test_without_labels_there_are_no_classes(tmp_path, images):
     assert store.labels.tolist() == [-1] * 6 and store.class_names == []
 
 
+@pytest.mark.parametrize("kind", ["images-idx3", "labels-idx1"])
+def test_links_to_nothing_are_told(tmp_path, images, kind):
+    """They used to be passed over: another set was taken, or the images had no classes."""
+    _set(tmp_path, images, [0] * 6)
+    _set(tmp_path, images, [0] * 6, name="t10k-")
+    path = tmp_path / f"train-{kind}-ubyte.gz"
+    path.unlink()
+    path.symlink_to(tmp_path / "gone")
+    with pytest.raises(FileNotFoundError, match=path.name):
+        find_source(tmp_path)
+
+
 def test_fingerprint_sees_images_and_labels(tmp_path, images):
     _set(tmp_path / "set", images, [0] * 6)
     seen = {idx_source(tmp_path / "set").fingerprint, idx_source(tmp_path / "set").fingerprint}
