@@ -15,6 +15,7 @@ import torch
 from maskdm_fast.data import ImageStore, StoreHeader, no_images, open_dataset
 from maskdm_fast.ops import backend
 from maskdm_fast.train import checkpoint as checkpoints
+from maskdm_fast.train.classes import check_same_classes, match_classes
 from maskdm_fast.train.config import NO_DATA, Recipe, RunConfig
 from maskdm_fast.train.config_json import differences
 from maskdm_fast.train.engine_choice import choose_engine
@@ -62,6 +63,8 @@ def train(
         config = fit_to_teacher(config, teacher, world)
     store = world.on_each_machine(lambda: open_store(config, teacher))
     _check_same_data(store.header, world)
+    if teacher is not None:
+        check_same_classes(teacher, store.class_names, config.data)
     config = fit_to_latents(fit_to_classes(config, store.class_names), store.header)
     settled = _settle_engine(config, world)
     score = None
@@ -75,7 +78,7 @@ def train(
         checkpoint = world.on_main(lambda: checkpoints.resume(folder))
         weights = None
         if checkpoint is None and config.stage.init_from is not None:
-            weights = _initial_weights(config, folder, world)
+            weights = _initial_weights(config, folder, store.class_names, world)
         stage = build_stage(settled, world, weights, teacher)
         memory = memory_per_rank(settled, settled.machine.engine, world.world_size)
         taken = backend.allocated_memory(world.device)
@@ -235,8 +238,8 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maskdm_fast"
 
 
-def _initial_weights(config: RunConfig, folder: Path, world: World) -> Weights:
-    """The weights that ``init_from`` names."""
+def _initial_weights(config: RunConfig, folder: Path, class_names: Sequence[str], world: World) -> Weights:
+    """The weights that ``init_from`` names, with the classes of the data set."""
     stage = config.stage
     weights = load_trained(stage.init_from, folder, stage.init_weights, config, f"--init-from {stage.init_from}")
     for name in ("schedule", "prediction"):
@@ -248,7 +251,7 @@ def _initial_weights(config: RunConfig, folder: Path, world: World) -> Weights:
                 RuntimeWarning,
                 stacklevel=2,
             )
-    return weights
+    return match_classes(weights, class_names, config.seed, world) if config.model.num_classes else weights
 
 
 def make_folder(folder: Path) -> None:

@@ -49,10 +49,13 @@ class Weights:
         They are those of the data set it was trained on; a checkpoint that does not hold them counts its classes.
         """
         num_classes = self.config.model.num_classes
+        return self.known_names or [f"{label:0{len(str(num_classes - 1))}d}" for label in range(num_classes)]
+
+    @property
+    def known_names(self) -> list[str]:
+        """`class_names` if the checkpoint holds them, else none."""
         names = self.checkpoint.state.get("class_names") or []
-        if len(names) == num_classes:
-            return names
-        return [f"{label:0{len(str(num_classes - 1))}d}" for label in range(num_classes)]
+        return names if len(names) == self.config.model.num_classes else []
 
     @cached_property
     def value(self) -> Tensors:
@@ -168,7 +171,8 @@ def load_trained(name: str, folder: Path, which: Literal["ema", "raw"], config: 
             model = config.model
             found = load_official(path, which, num_heads=model.num_heads, num_classes=model.num_classes or None)
             # Of another code's run nothing but the network is known, and nothing but that is asked.
-            config = replace(config, model=found.config, stage=DenoisingConfig())
+            stage = DenoisingConfig(label_drop=0.1 if found.drops_labels else 0.0)
+            config = replace(config, model=found.config, stage=stage)
             return Weights(config, found.tensors, Checkpoint(path, {}), which)
         return load_weights(path, which)
     except FileNotFoundError as error:

@@ -1,5 +1,6 @@
 """Weights handed from one run to another of a different size, or from the official codes."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -79,6 +80,46 @@ def test_init_from_a_file_of_the_official_code(make_config, tmp_path, final_conv
     torch.save(official, tmp_path / "nnet_ema.pth")
     train(make_config(model=config, init_from="nnet_ema.pth", **UNMASKED), tmp_path / "run")
     assert_handed_over(tmp_path / "run", ours)
+
+
+def _in_classes(images, folder, names):
+    """The images of a folder, in classes of these names."""
+    for number, path in enumerate(sorted(images.iterdir())):
+        target = folder / names[number % len(names)]
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (("ant", "cat"), None),
+        (("cat", "dog"), "1 as in {} (cat), 1 new (dog), 1 left out (ant)"),
+        (("ant", "bee", "cat"), "2 as in {} (ant, cat), 1 new (bee)"),
+        (("cat",), "1 as in {} (cat), 1 left out (ant)"),
+        (("eel", "fox"), "2 new (eel, fox), 2 left out (ant, cat)"),
+    ],
+)
+def test_classes_keep_their_embeddings_by_name(make_config, image_folder, tmp_path, capsys, names, words):
+    """Labels are numbers, and number 0 of another data set is another class."""
+    classes = {"class_conditional": True, "label_drop": 0.1}
+    old = _in_classes(image_folder, tmp_path / "old", ("ant", "cat"))
+    train(make_config(num_images=8, data=old, **classes), tmp_path / "first")
+    weights = load_weights(tmp_path / "first")
+    capsys.readouterr()
+    data = _in_classes(image_folder, tmp_path / "new", names)
+    larger = replace(MODEL, image_size=16)  # made to fit besides
+    config = make_config(data=data, model=larger, init_from="first", seed=5, **classes, **UNMASKED)
+    train(config, tmp_path / "second")
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("classes")]
+    assert said == ([] if words is None else ["classes by their names: " + words.format(weights.checkpoint.path)])
+    model = replace(larger, num_classes=len(names))
+    expected = transfer(weights.tensors, replace(MODEL, num_classes=2), replace(larger, num_classes=2))
+    begun = UViT(model, seed=5).state_dict()["label_embed"]
+    rows = {"ant": weights.tensors["label_embed"][0], "cat": weights.tensors["label_embed"][1]}
+    expected["label_embed"] = torch.stack([rows.get(name, begun[label]) for label, name in enumerate(names)])
+    assert_handed_over(tmp_path / "second", expected)
 
 
 def test_a_file_that_is_no_checkpoint(make_config, tmp_path):

@@ -1,5 +1,6 @@
 """The teacher of a run: where it is looked for, the copy that stays, and what its student takes from it."""
 
+import contextlib
 import shutil
 from dataclasses import replace
 
@@ -111,9 +112,8 @@ def test_where_a_teacher_may_lie(teach, make_student, tmp_path, monkeypatch):
             assert same(find_teacher(make_student(teacher=str(name)), folder, WORLD).tensors, wanted)
 
 
-def test_weights_of_the_official_code_teach(make_student, tmp_path):
-    config = make_student(teacher="nnet_ema.pth", num_images=4, lr=1e-30)
-    ours = UViT(config.model, seed=3).state_dict()
+def official_names(ours: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a network with patches of 2 as the code of U-ViT has them, but for those of labels."""
     official = {
         "patch_embed.proj.weight": ours["patch_embed.weight"].view(16, 2, 2, 3).permute(0, 3, 1, 2).contiguous(),
         "patch_embed.proj.bias": ours["patch_embed.bias"],
@@ -123,16 +123,34 @@ def test_weights_of_the_official_code_teach(make_student, tmp_path):
         if name.endswith("skip.weight_x"):
             joined = torch.cat([tensor, ours[name.replace("weight_x", "weight_skip")]], dim=1)
             official[name.replace("skip.weight_x", "skip_linear.weight")] = joined
-        elif not name.startswith(("patch_embed.", "positions")) and not name.endswith("weight_skip"):
+        elif not name.startswith(("patch_embed.", "positions", "label_", "uncond_")) and not name.endswith("_skip"):
             for old, new in (("attention.", "attn."), ("skip.", "skip_linear.")):
                 name = name.replace(old, new)
             official[f"decoder_pred.{name[5:]}" if name.startswith("head.") else name] = tensor
-    torch.save(official, tmp_path / "nnet_ema.pth")
+    return official
+
+
+def test_weights_of_the_official_code_teach(make_student, tmp_path):
+    config = make_student(teacher="nnet_ema.pth", num_images=4, lr=1e-30)
+    ours = UViT(config.model, seed=3).state_dict()
+    torch.save(official_names(ours), tmp_path / "nnet_ema.pth")
     train(config, tmp_path / "run")
     found = load_weights(tmp_path / "run", "raw").tensors
     assert found.keys() == ours.keys()
     for name, tensor in ours.items():
         torch.testing.assert_close(found[name], tensor, rtol=0.0, atol=1e-29)
+
+
+@pytest.mark.parametrize(("rows", "fits"), [(3, False), (4, True)])
+def test_official_weights_with_an_unconditional_embedding_can_be_guided(make_student, tmp_path, rows, fits):
+    """One row more than classes."""
+    options = {"teacher": "nnet.pth", "teacher_weights": "raw", "guidance": "teacher", "guidance_scale": 2.0}
+    config = make_student(**options)
+    config = replace(config, model=replace(config.model, num_classes=3))
+    ours = UViT(config.model, seed=3).state_dict()
+    torch.save({**official_names(ours), "label_emb.weight": torch.randn(rows, config.model.dim)}, tmp_path / "nnet.pth")
+    with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="was not trained both with and without"):
+        assert find_teacher(config, tmp_path / "run", WORLD).config.model == config.model
 
 
 def test_a_student_is_no_teacher(teach, make_student, tmp_path):
@@ -199,6 +217,23 @@ def test_a_student_takes_the_classes(make_config, make_student, image_folder, tm
     message = r"another network than its teacher .*unconditional.*: num_classes 0 -> 3"
     with pytest.raises(ValueError, match=message):
         train(make_student(teacher="unconditional", class_conditional=True, **data), tmp_path / "conditional")
+
+
+def test_classes_of_another_name_than_the_teachers(make_config, make_student, image_folder, tmp_path):
+    """Label 0 would mean one class to the teacher and another in the data set."""
+    for number, path in enumerate(sorted(image_folder.iterdir())):
+        for names in (("ant", "cat"), ("cat", "dog")):
+            target = tmp_path / "-".join(names) / names[number % 2]
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+    shared = {"class_conditional": True, "diffusion": DiffusionConfig(prediction="v"), "num_images": 4}
+    train(make_config(mask=NoMask(), data=str(tmp_path / "ant-cat"), **shared), tmp_path / "teacher")
+    words = (
+        r"the teacher .*step-00000001 knows the classes ant, cat, but the data set .*cat-dog' has cat, dog: want the"
+    )
+    with pytest.raises(ValueError, match=words):
+        train(make_student(data=str(tmp_path / "cat-dog"), **shared), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_latents_of_another_scale(make_student):
