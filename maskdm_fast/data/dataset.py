@@ -9,17 +9,18 @@ from typing import Literal
 
 from maskdm_fast.data.decoding import DecodedStore, decode_range
 from maskdm_fast.data.idx import idx_source, is_idx
-from maskdm_fast.data.latents import is_latents, latent_source
+from maskdm_fast.data.latents import LATENT_SUFFIXES, latent_source
 from maskdm_fast.data.packing import SHARD_BYTES, Source, check_shape, pack, packing_key
-from maskdm_fast.data.sources import UnreadableImagesError, emoji_source, folder_source
+from maskdm_fast.data.sources import IMAGE_SUFFIXES, UnreadableImagesError, emoji_source, files_below, folder_source
 from maskdm_fast.data.store import ImageStore
 from maskdm_fast.data.store_file import LatentScaling, Progress, StoreError, atomic_file
-from maskdm_fast.data.tars import TarSource, is_tars, tar_source
+from maskdm_fast.data.tars import TAR_SUFFIXES, TarSource, tar_source
 
 Decoding = Literal["packed", "on-the-fly"]
 
 _log = logging.getLogger(__name__)
 _TOLD = 512
+_KINDS = {"tar shards": TAR_SUFFIXES, "latents": LATENT_SUFFIXES, "images": IMAGE_SUFFIXES}
 
 
 def find_source(
@@ -29,10 +30,10 @@ def find_source(
     cache_dir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Source:
-    """`emoji_source` for the name "emoji"; else, by what lies there, the first that fits of `idx_source`, `tar_source`,
-    `latent_source` and `folder_source`.
+    """`emoji_source` for the name "emoji"; else, by what lies there, `idx_source`, `tar_source`, `latent_source` or
+    `folder_source`.
 
-    Write "./emoji" for a folder of that name.
+    Write "./emoji" for a folder of that name. A packed store is none: `open_dataset` takes it as it is.
 
     Args:
         name_or_path: see above.
@@ -41,10 +42,12 @@ def find_source(
         progress: of that index, called with (shards indexed, shards in all).
 
     Raises:
-        FileNotFoundError, ImportError, ValueError: as of those functions; or `latents` is missing, or out of place.
+        FileNotFoundError, ImportError, ValueError: as of those functions; or a folder holds data of several kinds,
+            `latents` is missing, or out of place.
     """
     is_emoji = str(name_or_path) == "emoji"
-    if not (is_emoji or is_idx(name_or_path) or is_tars(name_or_path)) and is_latents(name_or_path):
+    kind = None if is_emoji else _kind(Path(name_or_path))
+    if kind == "latents":
         if latents is None:
             raise ValueError(
                 f"{str(name_or_path)!r} holds latents: say how they are scaled, (z - shift) * scale, with "
@@ -55,11 +58,28 @@ def find_source(
         raise ValueError(f"{str(name_or_path)!r} holds no latents: leave out their scale and shift")
     if is_emoji:
         return emoji_source()
-    if is_idx(name_or_path):
+    if kind == "idx files":
         return idx_source(name_or_path)
-    if is_tars(name_or_path):
+    if kind == "tar shards":
         return tar_source(name_or_path, cache_dir=cache_dir, progress=progress)
     return folder_source(name_or_path)
+
+
+def _kind(path: Path) -> str | None:
+    """What lies at `path`, or would by its name; None where that is nothing that is known."""
+    if path.is_dir():
+        suffixes = {file.suffix.lower() for file in files_below(path, frozenset().union(*_KINDS.values()))}
+    elif path.suffix == ".store" and path.exists():
+        raise ValueError(f"{str(path)!r} is packed already: give it to --data as it is, or pack what it was made of")
+    else:
+        suffixes = {path.suffix.lower()}
+    kinds = ["idx files"] if is_idx(path) else []
+    kinds += [kind for kind, of_kind in _KINDS.items() if suffixes & of_kind]
+    if len(kinds) > 1:
+        raise ValueError(
+            f"{str(path)!r} holds {' and '.join(kinds)}, of which only one kind can be taken: move the others elsewhere"
+        )
+    return kinds[0] if kinds else None
 
 
 def open_dataset(

@@ -3,6 +3,7 @@
 import concurrent.futures
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -26,14 +27,22 @@ def decode_some(
     """The images of a source at `indices`, in their order; of one that cannot be decoded, the reason."""
 
     def decode(index: int) -> np.ndarray | str:
+        opened = source.open(index)
         try:
-            return decode_image(source.open(index), image_size, channels)
+            return decode_image(opened, image_size, channels)
         except ImportError:
             raise
         except Exception as error:  # Pillow's decoders raise nearly anything on damaged input
-            return f"{type(error).__name__}: {error}"
+            return f"{type(error).__name__}: {_reason(error)}"
 
     return pool.map(decode, indices)
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, without the file's folder or address in memory: it stands in headers, which are the same
+    everywhere."""
+    text = getattr(error, "strerror", None) or str(error)
+    return re.sub(r"(cannot identify image file) .*", r"\1", text, flags=re.DOTALL)
 
 
 def decoding_pool() -> concurrent.futures.ThreadPoolExecutor:
@@ -69,14 +78,15 @@ class DecodedImages(ImageRows):
     def _take(self, indices: np.ndarray) -> np.ndarray:
         out = np.empty((len(indices), *self.shape[1:]), self.dtype)
         wanted = self._chosen[indices].tolist()
-        bad = []
+        bad = {}  # by index, because a batch may hold an image more than once
         for place, image in enumerate(decode_some(self._source, wanted, *self.shape[2:], self._pool)):
             if isinstance(image, str):
-                bad.append((self._source.item(wanted[place]), image))
+                bad[wanted[place]] = image
             else:
                 out[place] = image
         if bad:
-            raise UnreadableImagesError(self._source.name, len(self), bad)
+            files = [(self._source.item(index), reason) for index, reason in sorted(bad.items())]
+            raise UnreadableImagesError(self._source.name, len(self), files)
         return out
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from maskdm_fast.data.labels import classes_of_values
-from maskdm_fast.data.sources import IMAGE_SUFFIXES, digest
+from maskdm_fast.data.sources import digest, files_below
 from maskdm_fast.data.store_file import LatentScaling
 
 LATENT_SUFFIXES = frozenset({".npy", ".npz", ".safetensors"})
@@ -58,27 +58,13 @@ class LatentSource:
         return self.shape[1]
 
 
-def is_latents(name: str | os.PathLike[str]) -> bool:
-    """Whether `name` is a file of latents by its name, or a folder that holds such files and no images."""
-    path = Path(name)
-    if not path.is_dir():
-        return path.suffix in LATENT_SUFFIXES
-    found = False
-    for _, _, files in os.walk(path):
-        suffixes = {Path(file).suffix for file in files}
-        if any(suffix.lower() in IMAGE_SUFFIXES for suffix in suffixes):
-            return False
-        found = found or bool(suffixes & LATENT_SUFFIXES)
-    return found
-
-
 def latent_source(name: str | os.PathLike[str], scaling: LatentScaling) -> LatentSource:
     """The latents of a file, or of all files below a folder, sorted by name.
 
     A file holds latents ``[n, C, h, w]``, or one ``[C, h, w]``, of float16, float32 or (safetensors) bfloat16: an .npy
     file as it is, .npz and .safetensors under the name "latents". Labels are integers ``[n]``: under the name "labels"
     in the same file, or for ``NAME.npy`` in ``NAME-labels.npy`` beside it; the values that occur are the classes. Where
-    no file has labels, first-level sub-folders are classes.
+    no file has labels, first-level sub-folders are classes. Hidden files and folders are passed over, links followed.
 
     Args:
         name: see above.
@@ -88,13 +74,13 @@ def latent_source(name: str | os.PathLike[str], scaling: LatentScaling) -> Laten
         FileNotFoundError: no such file or folder.
         ImportError: safetensors is not installed.
         ValueError: a file is damaged or holds something else; latents differ in shape or are not square; some files
-            have labels and others none; or there are no files.
+            have labels and others none; a file of labels belongs to none of latents; or there are no files.
     """
     path = Path(name)
     if not path.exists():
         raise FileNotFoundError(f"no file or folder {str(path)!r}")
     scaling.check()
-    files = sorted(_files_below(path)) if path.is_dir() else [path]
+    files = _files_of(path)
     if not files:
         raise ValueError(f"no latents below {str(path)!r}: want files named {', '.join(sorted(LATENT_SUFFIXES))}")
     counts, labels, shape = [], [], None
@@ -154,17 +140,29 @@ def read_latents(source: LatentSource, start: int, stop: int) -> Iterator[np.nda
             yield from np.ascontiguousarray(x0.transpose(0, 2, 3, 1))
 
 
-def _files_below(folder: Path) -> Iterator[Path]:
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            path = Path(parent, name)
-            if path.suffix in LATENT_SUFFIXES and not name.startswith(".") and not path.stem.endswith(_LABELS_MARK):
-                yield path
+def _files_of(path: Path) -> list[Path]:
+    """The file, or all below the folder; ValueError where labels belong to none of them."""
+    if path.is_dir():
+        found = sorted(files_below(path, LATENT_SUFFIXES))
+        files = [file for file in found if not file.stem.endswith(_LABELS_MARK)]
+        used = {*files, *map(_labels_file, files)}
+        unused = [file for file in found if file not in used]
+    else:
+        files, beside = [path], path.with_name(f"{path.stem}{_LABELS_MARK}.npy")
+        has_labels = path.suffix.lower() == ".npy" or path.with_suffix(".npy").exists()
+        unused = [beside] if beside.exists() and not has_labels else []
+    if unused:
+        raise ValueError(
+            f"{str(unused[0])!r} belongs to no file of latents: labels of NAME.npy are in NAME{_LABELS_MARK}.npy, of "
+            f".npz and .safetensors in the file itself, under the name {_LABELS!r}"
+        )
+    return files
 
 
 def _labels_file(path: Path) -> Path | None:
     beside = path.with_name(f"{path.stem}{_LABELS_MARK}.npy")
-    return beside if path.suffix == ".npy" and beside.is_file() else None
+    # A link to nothing counts: labels that are missed are told, and not left out.
+    return beside if path.suffix.lower() == ".npy" and os.path.lexists(beside) else None
 
 
 def _stat(path: Path | None) -> tuple[int, ...]:
@@ -183,10 +181,10 @@ class _File:
     @classmethod
     def open(cls, path: Path) -> "_File":
         try:
-            rows, shape, dtype, labels = _OPEN[path.suffix](path)
+            rows, shape, dtype, labels = _OPEN[path.suffix.lower()](path)
         except FileNotFoundError:
             raise
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, TypeError, EOFError, KeyError, zipfile.BadZipFile) as error:
             raise ValueError(f"{str(path)!r} is damaged, or holds no latents: {error}") from error
         if dtype not in _FLOATS or len(shape) not in (3, 4) or 0 in shape:
             raise ValueError(
@@ -200,6 +198,7 @@ class _File:
                     f"labels of {str(path)!r} are {labels.dtype} [{len(labels)}], want integers from 0, one for each "
                     f"of {count} latents"
                 )
+            labels = labels.astype(np.int64)
         return cls(rows, len(shape) == 3, (count, *shape[-3:]), labels)
 
     def read(self, start: int, count: int) -> np.ndarray:

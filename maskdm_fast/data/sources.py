@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import warnings
+from collections.abc import Iterator, Set
 from pathlib import Path
 from types import ModuleType
 from typing import IO
@@ -75,28 +76,50 @@ def digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _image_files(folder: Path) -> list[Path]:
-    found = []
-    for parent, _, names in os.walk(folder):
-        # A leading dot marks files of the system, such as the "._x.jpg" that macOS leaves beside "x.jpg".
-        found += [
-            Path(parent, name)
-            for name in names
-            if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")
-        ]
-    return found
+def files_below(
+    folder: str | os.PathLike[str], suffixes: Set[str], *, above: tuple[tuple[int, int], ...] = ()
+) -> Iterator[Path]:
+    """Files below `folder` with one of these suffixes, in no order. Links are followed, also those to folders.
+
+    What begins with a dot is passed over, a file or all of a folder: that marks things of the system, such as the
+    "._x.jpg" that macOS leaves beside "x.jpg".
+
+    Args:
+        folder: an existing one.
+        suffixes: in lower case; those of the files may be in any.
+        above: device and inode of the folders that this one was reached through.
+
+    Raises:
+        FileNotFoundError: a link to nothing that is no such file by its name, so it may have been a folder of them.
+        ValueError: a folder links to one that it lies in.
+    """
+    status = os.stat(folder)
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        raise ValueError(f"{str(folder)!r} links to a folder that it lies in: remove the link")
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from files_below(entry.path, suffixes, above=(*above, here))
+            elif os.path.splitext(entry.name)[1].lower() in suffixes:
+                yield Path(entry.path)
+            elif entry.is_symlink() and not os.path.exists(entry.path):
+                raise FileNotFoundError(f"{entry.path!r} links to nothing: bring back what it links to, or remove it")
 
 
 def folder_source(folder: str | os.PathLike[str]) -> ImageSource:
     """The images below `folder`; the class of an image is the first-level sub-folder it lies in.
 
     A folder with images at its top and no sub-folder with images has no classes. Files whose suffix is not in
-    `IMAGE_SUFFIXES` and hidden files are ignored. The fingerprint covers relative names, sizes and modification times.
+    `IMAGE_SUFFIXES` and hidden files and folders are ignored; links are followed. The fingerprint covers relative
+    names, sizes and modification times.
 
     Raises:
-        FileNotFoundError: `folder` does not exist.
+        FileNotFoundError: `folder` does not exist, or something in it that may have been a folder links to nothing.
         NotADirectoryError: `folder` is a file.
-        ValueError: no images, or images both at the top and in sub-folders.
+        ValueError: no images, images both at the top and in sub-folders, or a link to a folder that it lies in.
     """
     root = Path(folder)
     if not root.exists():
@@ -108,32 +131,36 @@ def folder_source(folder: str | os.PathLike[str]) -> ImageSource:
             f"{str(root)!r} is a file, and no .store, idx images, .tar, or latents (.npy, .npz, .safetensors): give a "
             "folder of images"
         )
-    folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    by_class = {name: files for name in folders if (files := _image_files(root / name))}
-    top = [
-        path
-        for path in root.iterdir()
-        if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-    ]
-    if top and by_class:
+    files = sorted(path.relative_to(root).as_posix() for path in files_below(root, IMAGE_SUFFIXES))
+    class_of = [name.partition("/")[0] if "/" in name else None for name in files]
+    class_names = sorted(set(class_of) - {None})
+    at_top = class_of.count(None)
+    if at_top and class_names:
         raise ValueError(
-            f"{str(root)!r} holds images both at its top ({len(top)}) and in sub-folders ({', '.join(by_class)}): "
+            f"{str(root)!r} holds images both at its top ({at_top}) and in sub-folders ({', '.join(class_names)}): "
             "move all into sub-folders (one per class), or all to the top (no classes)"
         )
-    if not top and not by_class:
+    if not files:
         raise ValueError(f"no images below {str(root)!r}: want files named {', '.join(sorted(IMAGE_SUFFIXES))}")
-    labelled = [(path, -1) for path in top]
-    labelled += [(path, label) for label, files in enumerate(by_class.values()) for path in files]
-    entries = sorted((path.relative_to(root).as_posix(), label, path.stat()) for path, label in labelled)
-    files = tuple(name for name, _, _ in entries)
+    number: dict[str | None, int] = {None: -1} | {name: label for label, name in enumerate(class_names)}
+    labels = [number[name] for name in class_of]
     return ImageSource(
         name=root.resolve().name or "images",
         root=root,
-        files=files,
-        labels=tuple(label for _, label, _ in entries),
-        class_names=tuple(by_class),
-        fingerprint=digest([(name, label, stat.st_size, stat.st_mtime_ns) for name, label, stat in entries]),
+        files=tuple(files),
+        labels=tuple(labels),
+        class_names=tuple(class_names),
+        fingerprint=digest([(name, label, *_stat(root / name)) for name, label in zip(files, labels, strict=True)]),
     )
+
+
+def _stat(path: Path) -> tuple[int, int]:
+    """Size and modification time; of a link to nothing, which is an image that cannot be read, what no file has."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
 
 
 def _code_points(name: str) -> str:
@@ -198,7 +225,9 @@ def decode_image(path: str | os.PathLike[str] | IO[bytes], image_size: int, chan
         with Image.open(path) as opened:
             opened.load()
             image = ImageOps.exif_transpose(opened)
-        if image.mode.startswith("I;16"):
+            # Pillow stretches the values of a .pgm, whatever their largest, to 16 bits, but keeps them in 32.
+            is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and opened.format == "PPM")
+        if is_16_bit:
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         elif image.mode in ("I", "F"):
             raise ValueError(f"pixel mode {image.mode} has no known range, want 8 or 16 bits per channel")

@@ -12,19 +12,22 @@ import tarfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
 from maskdm_fast.data.labels import classes_of_texts
-from maskdm_fast.data.sources import IMAGE_SUFFIXES, digest
+from maskdm_fast.data.sources import IMAGE_SUFFIXES, digest, files_below
 from maskdm_fast.data.store_file import CHUNK_BYTES, Progress, atomic_file, waiting_lock
 
+TAR_SUFFIXES = frozenset({".tar"})
 _log = logging.getLogger(__name__)
-_INDEXING = 1  # goes into the name of the index: raise it whenever the same shards would be read otherwise
-_KEY = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
+_INDEXING = 2  # goes into the name of the index: raise it whenever the same shards would be read otherwise
+_KEY = re.compile(r"((?:.*/|)[^./]+)[.]([^/]*)")
 _META = re.compile(r"__[^/]*__($|/)")
 _LABEL_FIELDS = ("label", "class", "cls")
 _LABEL_SUFFIXES = ("cls", "json", "txt")
+_COMPRESSED = re.compile(r".*\.(tgz|tbz2?|txz|tzst|tar\.(gz|bz2|xz|zst|lz4))", re.IGNORECASE)
 _BLOCK = 512
 
 
@@ -92,13 +95,11 @@ class TarSource:
 
 
 def is_tars(name: str | os.PathLike[str]) -> bool:
-    """Whether `name` is a tar file or a brace pattern of some by its name, or a folder of tar files without images."""
+    """Whether `name` is a tar file or a brace pattern of some by its name, or a folder with tar files."""
     path = Path(name)
-    if not path.is_dir():
-        return path.suffix == ".tar"
-    return bool(_tars_of(path)) and not any(
-        Path(file).suffix.lower() in IMAGE_SUFFIXES for _, _, files in os.walk(path) for file in files
-    )
+    if path.is_dir():
+        return any(files_below(path, TAR_SUFFIXES))
+    return path.suffix.lower() in TAR_SUFFIXES
 
 
 def tar_source(
@@ -110,9 +111,11 @@ def tar_source(
     """The images of WebDataset tar shards: a folder of them, one file, or a pattern such as ``set-{000..099}.tar``.
 
     Files that follow each other and have the same name up to its first dot are a sample. Its image is the file with a
-    suffix of `IMAGE_SUFFIXES`; samples without one are passed over. Its label is its ``.cls``, else the field "label",
-    "class" or "cls" of its ``.json``, else its ``.txt``, unless the texts differ in more than half of the samples: then
-    they are captions and make no classes. Integers become classes in numeric order, other labels alphabetically.
+    suffix of `IMAGE_SUFFIXES`; samples without one are passed over, and so are files whose name begins with a dot. Its
+    label is its ``.cls``, else the field "label", "class" or "cls" of its ``.json`` where that is an integer, a text,
+    true or false, else its ``.txt``, unless the texts differ in more than half of the samples: then they are captions
+    and make no classes. The file of a label is named like the image, or like the sample. Integers become classes in
+    numeric order, other labels alphabetically.
 
     The shards are read once, each from end to end, for the index and the checksums. The index is kept in `cache_dir`
     under a key over names, sizes and modification times; processes that want it at once wait for the first.
@@ -125,8 +128,10 @@ def tar_source(
     Raises:
         FileNotFoundError: no such file or folder.
         ImportError: a pattern is given, but the package ``braceexpand`` is not installed.
-        ValueError: a shard is damaged, compressed or no tar file; a sample has several images; some samples have
-            labels and others none; or there are no images.
+        ValueError: a shard is damaged, compressed, no tar file, or several end to end; a folder holds shards that are
+            compressed, or some at its top and some below; a sample has several images, or a file twice; an image is
+            no plain file; a label stands apart from its image; some samples have labels and others none; or there are
+            no images.
     """
     shards = _expand(name)
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in shards]
@@ -157,15 +162,27 @@ def digest_of_shard(path: Path) -> str:
 
 
 def _tars_of(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*.tar") if path.is_file() and not path.name.startswith("."))
+    found = sorted(files_below(folder, TAR_SUFFIXES))
+    shards = [path for path in found if path.parent == folder]
+    if not shards:
+        raise FileNotFoundError(f"no .tar files at the top of {str(folder)!r}")
+    compressed = sorted(path for path in folder.iterdir() if _COMPRESSED.fullmatch(path.name))
+    if compressed:
+        raise ValueError(
+            f"{str(folder)!r} holds compressed shards beside others, first {compressed[0].name}: unpack all"
+        )
+    if len(shards) < len(found):
+        raise ValueError(
+            f"{str(folder)!r} holds tar shards both at its top ({len(shards)}) and in sub-folders "
+            f"({len(found) - len(shards)}): move all to the top, or give a pattern"
+        )
+    return shards
 
 
 def _expand(name: str | os.PathLike[str]) -> tuple[Path, ...]:
     path = Path(name)
     if path.is_dir():
         shards = _tars_of(path)
-        if not shards:
-            raise FileNotFoundError(f"no .tar files at the top of {str(path)!r}")
     elif path.exists() or "{" not in str(name):
         shards = [path]
     else:
@@ -208,13 +225,15 @@ def _load(name: str, shards: tuple[Path, ...], fingerprint: str, arrays: dict[st
 
 @dataclasses.dataclass
 class _Shard:
-    """What was found in one file: of every image the offset, the size, and its label with the suffix it came from."""
+    """What was found in one file: of every image the offset, the size, its label with the suffix it came from, and the
+    key of its sample; and the keys of labels without an image."""
 
     digest: str
     offsets: list[int] = dataclasses.field(default_factory=list)
     sizes: list[int] = dataclasses.field(default_factory=list)
     labels: list[tuple[str, str] | None] = dataclasses.field(default_factory=list)
     keys: list[str] = dataclasses.field(default_factory=list)
+    alone: set[str] = dataclasses.field(default_factory=set)
 
 
 def _index(shards: Sequence[Path], progress: Progress | None) -> dict[str, np.ndarray]:
@@ -244,52 +263,95 @@ def _index_shard(path: Path) -> _Shard:
         with open(path, "rb") as raw, tarfile.open(fileobj=raw, mode="r:") as tar:
             for member in tar:
                 match = _KEY.fullmatch(member.name)
-                if not member.isreg() or match is None or _META.match(member.name):
+                if member.isdir() or match is None or _META.match(member.name):
                     continue
                 if match[1] != key:
                     _add(shard, path, tar, key, files)
                     key, files = match[1], {}
-                files[match[2].lower()] = member
+                suffix = match[2].lower()
+                if suffix in files:
+                    raise ValueError(f"{str(path)!r}: sample {key!r} has .{suffix} twice ({member.name}), want it once")
+                files[suffix] = member
             _add(shard, path, tar, key, files)
-            # tarfile takes a damaged header for the end; the end is a block of zeros.
             raw.seek(tar.offset)
-            end = raw.read(_BLOCK)
+            _expect_end(raw, path)
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(
             f"{str(path)!r} is damaged, compressed, or no tar file ({error}); fetch it again, or unpack the compression"
         ) from error
-    if end != bytes(_BLOCK):
-        raise ValueError(f"{str(path)!r} is damaged or cut off at byte {tar.offset}; fetch it again")
+    apart = shard.alone.intersection(shard.keys)
+    if apart:
+        raise ValueError(
+            f"{str(path)!r}: label and image of sample {min(apart)!r} do not follow each other: write the shard again, "
+            "sorted by name"
+        )
+    if shard.alone:
+        _log.warning("%s: passed over %d labels without an image, first %s", path, len(shard.alone), min(shard.alone))
     return shard
+
+
+def _expect_end(raw: IO[bytes], path: Path) -> None:
+    """Raise ValueError unless zeros follow, at least a block of them, and nothing else.
+
+    tarfile takes a damaged header for the end, and stops at the end of the first of several archives.
+    """
+    end = raw.tell()
+    block = raw.read(_BLOCK)
+    if block != bytes(_BLOCK):
+        raise ValueError(f"{str(path)!r} is damaged or cut off at byte {end}; fetch it again")
+    while block := raw.read(CHUNK_BYTES):
+        if block.strip(b"\0"):
+            raise ValueError(
+                f"{str(path)!r} ends at byte {end}, but more follows: fetch it again, or where it is archives laid end "
+                "to end, join them with tar --concatenate"
+            )
 
 
 def _add(shard: _Shard, path: Path, tar: tarfile.TarFile, key: str | None, files: dict[str, tarfile.TarInfo]) -> None:
     """Note the image of a sample, if it has one."""
     images = [suffix for suffix in files if f".{suffix.rpartition('.')[2]}" in IMAGE_SUFFIXES]
     if not images:
+        if not files.keys().isdisjoint(_LABEL_SUFFIXES):
+            shard.alone.add(key)
         return
     if len(images) > 1:
         raise ValueError(f"{str(path)!r}: sample {key!r} has several images ({', '.join(images)}), want one")
-    shard.offsets.append(files[images[0]].offset_data)
-    shard.sizes.append(files[images[0]].size)
+    image = _plain(path, files[images[0]])
+    shard.offsets.append(image.offset_data)
+    shard.sizes.append(image.size)
     shard.keys.append(key)
-    label = None
+    label, stem = None, images[0].rpartition(".")[0]
     for suffix in _LABEL_SUFFIXES:
-        if suffix in files and label is None:
-            try:
-                label = _label(suffix, tar.extractfile(files[suffix]).read().decode())
-            except ValueError as error:
-                raise ValueError(f"{str(path)!r}: {files[suffix].name} is damaged ({error})") from error
+        for name in (f"{stem}.{suffix}", suffix):
+            if label is None and name in files:
+                member = _plain(path, files[name])
+                try:
+                    label = _label(suffix, tar.extractfile(member).read().decode())
+                except ValueError as error:
+                    raise ValueError(f"{str(path)!r}: {member.name} is damaged ({error})") from error
     shard.labels.append(label)
 
 
+def _plain(path: Path, member: tarfile.TarInfo) -> tarfile.TarInfo:
+    """The member, or ValueError where its bytes do not lie in it as they are."""
+    if not member.isreg() or member.issparse():
+        raise ValueError(
+            f"{str(path)!r}: {member.name} is a link or sparse, no plain file: write the shard again, with tar "
+            "--dereference --hard-dereference"
+        )
+    return member
+
+
 def _label(suffix: str, text: str) -> tuple[str, str] | None:
-    if suffix != "json":
-        return suffix, text.strip()
-    fields = json.loads(text)
-    values = [fields[name] for name in _LABEL_FIELDS if name in fields] if isinstance(fields, dict) else []
-    # True and False are integers to Python.
-    return (suffix, str(values[0])) if values and type(values[0]) in (int, str) else None
+    if suffix == "json":
+        fields = json.loads(text)
+        values = [fields.get(name) for name in _LABEL_FIELDS] if isinstance(fields, dict) else []
+        value = next((value for value in values if value is not None), None)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # tables in which some are missing turn integers into floats
+        text = str(value) if isinstance(value, int | str) else ""
+    text = text.strip()
+    return (suffix, text) if text else None
 
 
 def _classes(shards: Sequence[Path], found: list[_Shard]) -> tuple[np.ndarray, tuple[str, ...]]:

@@ -197,6 +197,50 @@ def test_folders_that_do_not_fit(tmp_path):
     _save(folder / "class" / "c.npy", _latents(2))
     with pytest.raises(ValueError, match="both at its top and in sub-folders"):
         find_source(folder, latents=SCALING)
-    Image.new("RGB", (4, 4)).save(folder / "class" / "x.png")
+    (folder / "class").rename(tmp_path / "class")
     with pytest.raises(ValueError, match="holds no latents: leave out"):
+        Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
+        find_source(tmp_path / "x.png", latents=SCALING)
+
+
+def test_files_of_a_folder_are_not_left_out(tmp_path):
+    z = _latents(6)
+    folder, apart = tmp_path / "z", tmp_path / "apart"
+    _save(folder / "a" / "0.npy", z[:2])
+    _save(apart / "1.npy", z[2:4])
+    (folder / "a" / "0.npy").rename(folder / "a" / "0.NPY")
+    folder.joinpath("a", "more").symlink_to(apart)
+    _save(folder / "b" / "2.npz", z[4:])
+    _save(folder / "b" / ".old" / "2.npy", z)
+    store = _open(folder, tmp_path)
+    assert store.labels.tolist() == [0, 0, 0, 0, 1, 1] and np.array_equal(store.images, _x0(z))
+    folder.joinpath("b", "3.npy").symlink_to(tmp_path / "gone.npy")
+    with pytest.raises(FileNotFoundError, match=r"3\.npy"):
         find_source(folder, latents=SCALING)
+
+
+def test_labels_are_not_left_out(tmp_path):
+    """Labels that belong to no latents used to be passed over, which left all without classes."""
+    _save(tmp_path / "z.npz", _latents(2))
+    np.save(tmp_path / "z-labels.npy", np.array([0, 1]))
+    for name in ("z.npz", "."):
+        with pytest.raises(ValueError, match=r"z-labels\.npy' belongs to no file of latents.*under the name 'labels'"):
+            latent_source(tmp_path / name, SCALING)
+    _save(tmp_path / "z.npy", _latents(2))
+    assert latent_source(tmp_path / "z.npz", SCALING).class_names == ()
+    assert latent_source(tmp_path / "z.npy", SCALING).class_names == ("0", "1")
+    (tmp_path / "z-labels.npy").unlink()
+    (tmp_path / "z-labels.npy").symlink_to(tmp_path / "gone.npy")
+    with pytest.raises(FileNotFoundError, match="z-labels"):
+        latent_source(tmp_path / "z.npy", SCALING)
+
+
+def test_labels_of_any_integer_type(tmp_path):
+    """numpy joins int64 and uint64 to float64."""
+    for name, dtype in (("a", np.uint64), ("b", np.int64)):
+        _save(tmp_path / f"{name}.npy", _latents(2), np.array([3, 10], dtype))
+    source = latent_source(tmp_path, SCALING)
+    assert source.class_names == ("03", "10") and source.labels.tolist() == [0, 1, 0, 1]
+    save_file({"latents": torch.zeros(1, 4, 6, 6), "labels": torch.zeros(1).bfloat16()}, tmp_path / "c.safetensors")
+    with pytest.raises(ValueError, match=r"c\.safetensors' is damaged, or holds no latents"):
+        latent_source(tmp_path / "c.safetensors", SCALING)

@@ -2,6 +2,7 @@ import io
 import json
 import logging
 import multiprocessing
+import os
 import re
 import tarfile
 
@@ -11,7 +12,16 @@ import torch
 import webdataset
 from PIL import Image
 
-from maskdm_fast.data import DataOrder, StoreError, UnreadableImagesError, find_source, open_dataset, tar_source
+from maskdm_fast.data import (
+    DataOrder,
+    ImageStore,
+    StoreError,
+    UnreadableImagesError,
+    find_source,
+    open_dataset,
+    pack,
+    tar_source,
+)
 from maskdm_fast.data import tars as tars_module
 
 SIZE = 8
@@ -179,6 +189,13 @@ def test_the_checksum_is_that_of_the_content(folder, tmp_path):
         ({"json": [b'{"label": 2}', b'{"label": 1}', b'{"label": 2}']}, ("1", "2"), [1, 0, 1]),
         ({"json": [b'{"class": "b", "w": 8}', b'{"cls": "a"}', b'{"label": "b"}']}, ("a", "b"), [1, 0, 1]),
         ({"json": [b'{"w": 8}', b"[1]", b'{"label": null}']}, (), [-1, -1, -1]),
+        ({"json": [b'{"label": null, "class": 3}', b'{"label": 12.0}', b'{"cls": 3}']}, ("03", "12"), [0, 1, 0]),
+        ({"json": [b'{"label": true}', b'{"label": false}', b'{"label": true}']}, ("False", "True"), [1, 0, 1]),
+        (
+            {"json": [b'{"label": 0.3}', b'{"label": [1]}', b'{"label": ""}'], "cls": [b"", b"\n", b""]},
+            (),
+            [-1, -1, -1],
+        ),
         ({"txt": [b"cat", b"cat", b"cat"]}, ("cat",), [0, 0, 0]),
         ({"txt": [b"a cat", b"two cats", b"a dog"]}, (), [-1, -1, -1]),
         ({"txt": [b"a cat", b"two cats", b"a dog"], "cls": [b"0", b"0", b"1"]}, ("0", "1"), [0, 0, 1]),
@@ -196,7 +213,13 @@ def test_labels(tmp_path, files, names, labels):
     assert source.class_names == names and source.labels.tolist() == labels
 
 
-def test_what_is_no_sample_is_passed_over(tmp_path):
+def test_labels_named_like_the_image(tmp_path):
+    members = [("a.left.png", _png(1)), ("a.left.cls", b"7"), ("a.cls", b"5"), ("b.left.png", _png(2)), ("b.cls", b"6")]
+    _write(tmp_path / "a.tar", members)
+    assert [tar_source(tmp_path / "a.tar").class_names[label] for label in (1, 0)] == ["7", "6"]
+
+
+def test_what_is_no_sample_is_passed_over(tmp_path, caplog):
     members = [
         ("__meta__/x.png", b""),
         ("./a.b/1.png", _png(1)),
@@ -204,17 +227,33 @@ def test_what_is_no_sample_is_passed_over(tmp_path):
         ("readme", b"no suffix"),
         ("notes.txt", b"no image"),
         (".hidden.png", b"junk"),
+        ("dir/._1.png", b"junk"),
         ("long/" + 120 * "n" + "/2.PNG", _png(2)),
     ]
     _write(tmp_path / "a.tar", members)
-    source = tar_source(tmp_path / "a.tar")
+    with caplog.at_level(logging.WARNING):
+        source = tar_source(tmp_path / "a.tar")
+    assert "passed over 1 labels without an image, first notes" in caplog.text
     assert [source.open(index).read() for index in range(2)] == [_png(1), _png(2)]
     assert source.item(0) == "a.tar: ./a.b/1.png"
 
 
-def test_folders_with_images_stay_folders_of_images(folder):
-    Image.new("RGB", (8, 8)).save(folder / "a.png")
-    assert find_source(folder).files == ("a.png",)
+def test_shards_that_a_folder_would_leave_out(folder):
+    (folder / "set-003.tar.gz").touch()
+    with pytest.raises(ValueError, match=r"holds compressed shards beside others, first set-003\.tar\.gz: unpack all"):
+        find_source(folder)
+    (folder / "set-003.tar.gz").unlink()
+    (folder / "more").mkdir()
+    (folder / "more" / "set-003.TAR").touch()
+    with pytest.raises(ValueError, match=r"both at its top \(3\) and in sub-folders \(1\)"):
+        find_source(folder)
+    (folder / "more" / "set-003.TAR").rename(folder / "set-003.TAR")
+    with pytest.raises(ValueError, match=r"set-003\.TAR' is damaged"):
+        find_source(folder)
+    (folder / "set-003.TAR").unlink()
+    os.symlink("missing", folder / "set-004.tar")
+    with pytest.raises(FileNotFoundError, match=r"1 of 4 tar shards are not there: first .*set-004\.tar"):
+        find_source(folder)
 
 
 def _cut(data):
@@ -227,6 +266,7 @@ def _cut(data):
         (lambda data, at: data[: at - 450], "is damaged"),  # in an image
         (lambda data, at: data[:at], "is damaged or cut off at byte"),  # between two files
         (lambda data, at: data[: at + 9] + b"?" + data[at + 10 :], "is damaged or cut off at byte"),  # in a header
+        (lambda data, at: data[:at] + bytes(1024) + data[at + 1024 :], "ends at byte 2048, but more follows"),  # a hole
         (lambda data, at: b"\x1f\x8b" + data[2:], "is damaged, compressed, or no tar file"),
         (lambda data, at: b"", "is damaged, compressed, or no tar file"),
     ],
@@ -240,6 +280,16 @@ def test_damaged_shards(folder, tmp_path, damage, message):
     with pytest.raises(ValueError, match=rf"set-000\.tar' {message}.*fetch it again"):
         _open(folder, tmp_path)
     assert not list((tmp_path / "cache").glob("*.npz"))
+
+
+def test_archives_end_to_end(folder):
+    """The second one used to be lost: tarfile and webdataset stop at the end of the first."""
+    first, second = ((folder / f"set-00{number}.tar").read_bytes() for number in (0, 2))
+    (folder / "set-000.tar").write_bytes(first + second)
+    with pytest.raises(ValueError, match=r"set-000\.tar' ends at byte \d+, but more follows.*tar --concatenate"):
+        tar_source(folder)
+    (folder / "set-000.tar").write_bytes(first + bytes(1000))
+    assert len(tar_source(folder).labels) == 12
 
 
 def test_damaged_images(folder, tmp_path):
@@ -277,6 +327,10 @@ def test_errors(folder, tmp_path):
     for members, message in (
         ([], "no images in"),
         ([image, ("1.jpg", _png(1))], r"sample '1' has several images \(png, jpg\)"),
+        ([image, ("1.png", _png(2)), ("2.png", _png(3))], r"sample '1' has \.png twice \(1\.png\), want it once"),
+        ([image, ("1.cls", b"0"), ("1.CLS", b"1")], r"sample '1' has \.cls twice \(1\.CLS\)"),
+        ([image, ("2.png", _png(2)), ("1.cls", b"0"), ("2.cls", b"1")], "label and image of sample '1' do not follow"),
+        ([("1.json", b"{}"), ("2.png", _png(2)), image], "label and image of sample '1' do not follow"),
         ([image, ("1.cls", b"0"), ("2.png", _png(2))], r"1 of 2 samples have no label, first '2'"),
         ([image, ("1.json", b"{")], r"1\.json is damaged"),
         ([image, ("1.cls", b"\xff\xfe")], r"1\.cls is damaged"),
@@ -288,6 +342,36 @@ def test_errors(folder, tmp_path):
         tar_source(str(folder / "set-{000..004}.tar"))
     with pytest.raises(FileNotFoundError, match="1 of 1 tar shards"):
         find_source(tmp_path / "missing.tar")
-    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "x.png")
     with pytest.raises(ValueError, match="only those are decoded on the fly"):
-        _open(tmp_path, tmp_path, decoding="on-the-fly")
+        _open(tmp_path / "images", tmp_path, decoding="on-the-fly")
+
+
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.GNUTYPE_SPARSE, tarfile.FIFOTYPE])
+@pytest.mark.parametrize("suffix", ["png", "cls"])
+def test_members_whose_bytes_lie_elsewhere(tmp_path, kind, suffix):
+    """Links used to be left out without a word, and of sparse files other bytes were read."""
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        for name, data in (("1.png", _png(1)), ("1.cls", b"0"), ("2.png", _png(2)), ("2.cls", b"1")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            if name == f"2.{suffix}":
+                info.type, info.linkname = kind, f"1.{suffix}"
+                if kind != tarfile.GNUTYPE_SPARSE:
+                    info.size, data = 0, b""
+            tar.addfile(info, io.BytesIO(data))
+    with pytest.raises(ValueError, match=rf"2\.{suffix} is a link or sparse.*--dereference --hard-dereference"):
+        tar_source(tmp_path / "a.tar")
+
+
+def test_a_bad_image_is_counted_once_and_told_alike_everywhere(folder, tmp_path):
+    """By index, not by place in the batch; and the reason names no address in memory, so stores are the same bytes."""
+    _write(folder / "set-001.tar", [("1.png", b"no image"), ("1.cls", b"0")])
+    live = _open(folder, tmp_path, decoding="on-the-fly")
+    with pytest.raises(UnreadableImagesError, match="1 of 13 images") as caught:
+        live.batch(torch.tensor([7, 0, 7, 7]))
+    want = ("set-001.tar: 1.png", "UnidentifiedImageError: cannot identify image file")
+    assert caught.value.files == [want]
+    stores = [pack(tar_source(folder), tmp_path / name, SIZE, skip_bad=True).path for name in ("a.store", "b.store")]
+    assert stores[0].read_bytes() == stores[1].read_bytes() and ImageStore.open(stores[0]).header.skipped == (want,)
