@@ -1,6 +1,7 @@
 """A network read as a denoiser."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import torch
@@ -16,11 +17,11 @@ class Guidance:
     """Classifier-free guidance: ``x0 = x0(none) + scale (x0(label) - x0(none))``, on an interval of noise levels.
 
     Args:
-        scale: 1 follows the labels as trained, more exaggerates them, 0 ignores them.
+        scale: at least 0; 1 follows the labels as trained, more exaggerates them, 0 ignores them.
         interval: the levels ``sigma/alpha``, lowest and highest, at which `scale` holds; it is 1 elsewhere. None: all.
 
     Raises:
-        ValueError: if the interval is empty.
+        ValueError: if the scale is out of its range or the interval is empty.
 
     Source: Ho and Salimans, "Classifier-Free Diffusion Guidance", 2022; Kynkaanniemi et al., "Applying Guidance in a
     Limited Interval Improves Sample and Distribution Quality in Diffusion Models", NeurIPS 2024.
@@ -30,7 +31,9 @@ class Guidance:
     interval: tuple[float, float] | None = None
 
     def __post_init__(self):
-        if self.interval is not None and not 0.0 <= self.interval[0] < self.interval[1]:
+        if not 0.0 <= self.scale < math.inf:
+            raise ValueError(f"guidance is {self.scale}, want a number of 0 or more; 1 follows the labels as trained")
+        if self.interval is not None and not 0.0 <= self.interval[0] < self.interval[1] < math.inf:
             raise ValueError(f"guidance interval is {self.interval}, want 0 <= lowest < highest, in sigma/alpha")
 
     def at(self, alpha: Tensor, sigma: Tensor) -> Tensor:

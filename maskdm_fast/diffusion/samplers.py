@@ -58,8 +58,8 @@ def sample(
         eta: of "ddim", 0 (deterministic, the default) to 1; must be None for the others.
         transitions: the steps themselves, first to last, for a distilled model with steps of its own; then `num_steps`
             and `eta` must be None, and `sampler` is not looked at.
-        guidance: scale w of ``x0 = x0(none) + w (x0(label) - x0(none))``; 1 follows the labels as trained. Any other
-            evaluates the network on twice as many images.
+        guidance: scale w of ``x0 = x0(none) + w (x0(label) - x0(none))``, at least 0; 1 follows the labels as trained.
+            Any other evaluates the network on twice as many images.
         guidance_interval: noise levels ``sigma/alpha``, lowest and highest, at which to guide; None: at all.
         seed: of the noise; the first comes from `Stream.GENERATOR_NOISE`, that of step i from `Stream.SAMPLER_NOISE`.
         first_slot: slot of the first image; later calls go on with ``first_slot + num_images``.

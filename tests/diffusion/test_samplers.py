@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -186,12 +188,19 @@ class GuidedNetwork:
         return torch.where(labels == 1, 0.5, -0.25)[:, None, None].expand_as(tokens)
 
 
-@pytest.mark.parametrize(("guidance", "value"), [(1.0, 0.5), (0.0, -0.25), (2.0, 1.25), (-1.0, -1.0)])
+@pytest.mark.parametrize(("guidance", "value"), [(1.0, 0.5), (0.0, -0.25), (2.0, 1.25)])
 def test_guidance(guidance, value):
     model = GuidedNetwork()
     images = generate(linear_schedule(), model, labels=torch.ones(3, dtype=torch.int64), guidance=guidance)
     torch.testing.assert_close(images, torch.full_like(images, value))
     assert model.batches == [3 if guidance == 1.0 else 6] * 10
+
+
+@pytest.mark.parametrize("guidance", [math.nan, math.inf, -2.0])
+def test_a_guidance_that_is_no_scale(guidance):
+    """NaN made black images of all."""
+    with pytest.raises(ValueError, match=f"guidance is {guidance}, want a number of 0 or more"):
+        generate(linear_schedule(), None, labels=torch.ones(3, dtype=torch.int64), guidance=guidance)
 
 
 def test_guidance_on_an_interval_asks_twice_there_alone():
