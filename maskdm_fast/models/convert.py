@@ -55,11 +55,13 @@ class OfficialWeights:
         config: read off the shapes.
         tensors: state dict of a `UViT`, on the CPU, at least float32.
         code: which code wrote the checkpoint.
+        drops_labels: whether it has an unconditional embedding, which training with dropped labels makes.
     """
 
     config: UViTConfig
     tensors: dict[str, Tensor]
     code: Literal["MaskDM", "U-ViT"]
+    drops_labels: bool
 
 
 def is_official(path: Path | str) -> bool:
@@ -138,12 +140,15 @@ def convert_official(
             raise ValueError(f"{name} is not in it")
     out["positions"] = out["positions"][0]
     kernel = out["patch_embed.weight"]  # [D, C, P, P]
+    drops_labels = False
     if "label_embed" in out:
-        out["label_embed"], out["uncond_embed"] = _labels(out["label_embed"], out.get("uncond_embed"), num_classes)
+        out["label_embed"], uncond = _labels(out["label_embed"], out.get("uncond_embed"), num_classes)
+        drops_labels = uncond is not None
+        out["uncond_embed"] = uncond if drops_labels else out["label_embed"].mean(0)
     config = _config_of(out, kernel, num_heads)
     out["patch_embed.weight"] = kernel.permute(0, 2, 3, 1).flatten(1).contiguous()
     _check_complete(out, config)
-    return OfficialWeights(config, out, code)
+    return OfficialWeights(config, out, code, drops_labels)
 
 
 def _network_of(data: Mapping[str, Any], which: str) -> tuple[Literal["MaskDM", "U-ViT"], dict[str, Tensor]]:
@@ -176,13 +181,13 @@ def _renamed(name: str) -> str:
     return name.replace(".attn.", ".attention.").replace(".skip_linear.", ".skip.")
 
 
-def _labels(table: Tensor, uncond: Tensor | None, num_classes: int | None) -> tuple[Tensor, Tensor]:
-    """The rows of the classes, and the unconditional embedding."""
+def _labels(table: Tensor, uncond: Tensor | None, num_classes: int | None) -> tuple[Tensor, Tensor | None]:
+    """The rows of the classes, and the unconditional embedding, if there is one."""
     if uncond is not None:
         return table, uncond[0]
     if num_classes is not None and len(table) == num_classes + 1:
         return table[:-1], table[-1]
-    return table, table.mean(0)
+    return table, None
 
 
 def _config_of(tensors: Mapping[str, Tensor], kernel: Tensor, num_heads: int | None) -> UViTConfig:

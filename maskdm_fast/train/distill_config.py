@@ -32,6 +32,11 @@ class DistillationConfig(StageConfig):
         """What the student of a teacher with this kind of prediction predicts."""
         return of_teacher
 
+    @property
+    def guides_teacher(self) -> bool:
+        """Whether the teacher is asked with and without classes."""
+        return False
+
     def check_teacher(self, teacher: StageConfig) -> None:
         """Raise ValueError unless what the stage `teacher` has made can be distilled."""
         if not teacher.makes_denoiser:
@@ -39,6 +44,8 @@ class DistillationConfig(StageConfig):
                 f"it comes from {teacher.kind}: it makes images in its own steps and denoises at no other level; want "
                 "a run that denoises"
             )
+        if self.guides_teacher:
+            teacher.check_guidable("it")
 
 
 @dataclass(frozen=True)
@@ -108,6 +115,11 @@ class ScoreDistillationConfig(DistillationConfig):
     def needs_images(self) -> bool:
         """Only a discriminator does."""
         return self.make().needs_images
+
+    @property
+    def guides_teacher(self) -> bool:
+        """See `DistillationConfig`."""
+        return self.guidance_scale != 1.0
 
     @property
     def num_fake_updates(self) -> int:

@@ -132,6 +132,8 @@ def _denoise(
 
 
 def _in_steps(denoiser: Denoiser, config: RunConfig, options: SamplerOptions, **drawn: Any) -> Tensor:
+    if options.guidance != 1.0 and config.model.num_classes:
+        config.stage.check_guidable("the run")
     return sample(
         denoiser,
         sampler=options.sampler,
@@ -159,10 +161,6 @@ def _regressed(
         denoiser = dataclasses.replace(denoiser, model=denoiser.model.at(stage.strength_of(options.guidance)))
         options = dataclasses.replace(options, guidance=1.0)
     if stage.method == "guided":
-        if options.guidance != 1.0 and not stage.label_drop:
-            raise ValueError(
-                "the run is a guided student that has learnt nothing about images without a class: leave out guidance"
-            )
         return _in_steps(denoiser, config, options, **drawn)
     options.check_student(f"{stage.method} student", stage.sampling_steps)
     if stage.method == "progressive":

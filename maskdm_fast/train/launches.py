@@ -89,7 +89,7 @@ def count_launches(config: RunConfig) -> Launches:
     model, world = config.model, World(torch.device("cpu"))
     teacher = None
     if isinstance(config.stage, DistillationConfig):
-        there = dataclasses.replace(config, stage=DenoisingConfig())
+        there = dataclasses.replace(config, stage=DenoisingConfig(label_drop=0.1))  # it may be guided
         teacher = Weights(there, UViT(model).state_dict(), Checkpoint(Path("teacher"), {}), "ema")
     stage = build_stage(config, world, None, teacher)
     image = torch.zeros(1, model.image_size, model.image_size, model.channels, dtype=torch.uint8)

@@ -102,6 +102,16 @@ class RegressionConfig(DistillationConfig):
         return 1 + len(self.sampling_levels) if self.method == "consistency" else super().sampling_steps
 
     @property
+    def can_be_guided(self) -> bool:
+        """See `StageConfig`."""
+        return self.label_drop > 0.0
+
+    @property
+    def guides_teacher(self) -> bool:
+        """See `DistillationConfig`; a teacher that is told its guidance is not."""
+        return self.strengths is not None or self.guidance != 1.0
+
+    @property
     def asks_teacher(self) -> bool:
         """Whether the teacher is asked in training, rather than only copied at the start."""
         return self.method != "consistency" or self.path == "teacher"
@@ -132,7 +142,7 @@ class RegressionConfig(DistillationConfig):
         Args:
             told_teacher: the teacher is told the weights, rather than guided by them.
         """
-        is_guided = self.guidance != 1.0 or (self.strengths is not None and not told_teacher)
+        is_guided = self.guides_teacher and not told_teacher
         calls = 2.0 if self.method == "progressive" or self.solver == "heun" else 1.0
         of_teacher = calls * (2.0 if is_guided else 1.0) if self.asks_teacher else 0.0
         return 3.0 + of_teacher + (1.0 if self.method == "consistency" else 0.0)
@@ -190,11 +200,8 @@ class RegressionConfig(DistillationConfig):
                     f"it is told how strongly it is guided: want strengths within {least:g} {greatest:g}, not "
                     f"{self.strengths}"
                 )
-        elif (self.strengths is not None or self.guidance != 1.0) and teacher.label_drop == 0.0:
-            raise ValueError(
-                "it is a student that has learnt nothing about images without a class, so it cannot be guided: leave "
-                "out guidance and strengths"
-            )
+        elif self.guides_teacher:
+            teacher.check_guidable("it")
 
     def validate(self, model: UViTConfig, *, has_classes: bool) -> None:
         """As `StageConfig`."""

@@ -81,6 +81,19 @@ class StageConfig:
         """Whether it learns from images of a data set."""
         return True
 
+    @property
+    def can_be_guided(self) -> bool:
+        """Whether its network learns images both with and without their class."""
+        return False
+
+    def check_guidable(self, who: str) -> None:
+        """Raise ValueError, which begins with `who`, unless its network can be guided."""
+        if not self.can_be_guided:
+            raise ValueError(
+                f"{who} was not trained both with and without classes, so it cannot be guided: leave out guidance, or "
+                "train it with label_drop, 0.1 for example"
+            )
+
     def warm(self, lr: float, step: int) -> float:
         """The learning rate that `lr` is after the warm-up, for the step that follows `step` finished ones."""
         if self.warmup_images == 0:
@@ -123,6 +136,11 @@ class DenoisingConfig(StageConfig):
     """Probability, for each image by itself, of training it whole in spite of the mask."""
     label_drop: float = 0.0
     """Probability of training an image without its class, which guidance needs; only with --class-conditional."""
+
+    @property
+    def can_be_guided(self) -> bool:
+        """See `StageConfig`."""
+        return self.label_drop > 0.0
 
     def mask_at(self, step: int) -> Mask:
         """Mask of the optimizer step that follows `step` finished ones."""

@@ -207,11 +207,13 @@ def test_labels_of_maskdm(save):
 def test_last_label_of_uvit_can_be_the_unconditional_one(save):
     state = official_state("U-ViT", num_classes=5)
     table, path = state["label_emb.weight"], save(state)
-    model = ours(load_official(path, num_heads=HEADS, num_classes=4))
-    assert model.config.num_classes == 4
+    found = load_official(path, num_heads=HEADS, num_classes=4)
+    model = ours(found)
+    assert model.config.num_classes == 4 and found.drops_labels
     check(model, state, table[[3, 4]], torch.tensor([3, -1]))
-    model = ours(load_official(path, num_heads=HEADS))
-    assert model.config.num_classes == 5
+    found = load_official(path, num_heads=HEADS)
+    model = ours(found)
+    assert model.config.num_classes == 5 and not found.drops_labels
     check(model, state, torch.stack([table[4], table.mean(0)]), torch.tensor([4, -1]))
 
 

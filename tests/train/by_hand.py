@@ -13,7 +13,7 @@ from maskdm_fast.models import UViT
 from maskdm_fast.optim import AdamWEMA
 from maskdm_fast.random import Stream
 from maskdm_fast.train.checkpoint import Checkpoint
-from maskdm_fast.train.config import RunConfig
+from maskdm_fast.train.config import DenoisingConfig, RunConfig
 from maskdm_fast.train.stages import Batch, Stage, build_stage
 from maskdm_fast.train.weights import Weights
 from maskdm_fast.train.world import World
@@ -23,9 +23,10 @@ STEPS = 4
 
 
 def teacher_of(config: RunConfig) -> Weights:
-    """A network that says something."""
+    """A network that says something, of a run that could be guided."""
     tensors = {name: 3.0 * tensor for name, tensor in UViT(config.model, seed=7).state_dict().items()}
-    return Weights(replace(config, stage=RunConfig().stage), tensors, Checkpoint(Path("teacher"), {}), "ema")
+    config = replace(config, stage=DenoisingConfig(label_drop=0.1))
+    return Weights(config, tensors, Checkpoint(Path("teacher"), {}), "ema")
 
 
 def build(config: RunConfig) -> Stage:

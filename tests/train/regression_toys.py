@@ -52,7 +52,7 @@ def make_run(
     predicts = "flow" if schedule == "flow" else teacher_predicts
     config = make_config(diffusion=DiffusionConfig(schedule, predicts), stage=stage, **changes)
     config = replace(config, model=replace(config.model, num_classes=num_classes))
-    teacher = teacher_of(replace(config, stage=teacher_stage or DenoisingConfig()))
+    teacher = teacher_of(replace(config, stage=teacher_stage or DenoisingConfig(label_drop=0.1)))
     config = replace(config, diffusion=replace(config.diffusion, prediction=stage.student_prediction(predicts)))
     config.validate()
     return config, teacher

@@ -49,7 +49,9 @@ def test_every_noise_process_trains_and_samples(diffusion):
 
 
 def test_labels_and_guidance_reach_the_network():
-    config = replace(CONFIG, diffusion=DiffusionConfig(prediction="v"))  # untrained eps would be clipped everywhere
+    # Untrained eps would be clipped everywhere.
+    stage = replace(CONFIG.stage, label_drop=0.1)
+    config = replace(CONFIG, diffusion=DiffusionConfig(prediction="v"), stage=stage)
     tensors = build_stage(config, World(CPU)).pieces()["model"]
 
     def draw(**options):
@@ -62,6 +64,8 @@ def test_labels_and_guidance_reach_the_network():
     guided = draw(guidance=5.0)
     assert not torch.equal(guided, cycling)
     assert torch.equal(draw(guidance=5.0, guidance_interval=(1e8, 1e9)), cycling)
+    with pytest.raises(ValueError, match="the run was not trained both with and without classes, so it cannot"):
+        generate(CONFIG, tensors, 1, num_steps=2, guidance=2.0, device=CPU)
     unconditional = replace(CONFIG, model=replace(CONFIG.model, num_classes=0))
     tensors = build_stage(unconditional, World(CPU)).pieces()["model"]
     with pytest.raises(ValueError, match="guidance needs labels"):

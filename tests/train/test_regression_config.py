@@ -137,6 +137,7 @@ def test_steps_and_predictions_of_students():
 TOLD = RegressionConfig(method="guided", strengths=(0.0, 4.0))
 PLAIN = RegressionConfig(method="guided", predicts="v")
 EIGHT = RegressionConfig(method="progressive", num_steps=8)
+GUIDED = ScoreDistillationConfig(guidance="teacher", guidance_scale=2.0)
 
 
 @pytest.mark.parametrize(
@@ -148,6 +149,11 @@ EIGHT = RegressionConfig(method="progressive", num_steps=8)
         (replace(EIGHT, strengths=(1.0, 4.0)), TOLD),
         (replace(EIGHT, num_steps=4, strengths=(1.0, 2.0)), replace(EIGHT, strengths=(1.0, 4.0))),
         (TOLD, replace(PLAIN, label_drop=0.1)),
+        (TOLD, DenoisingConfig(label_drop=0.1)),
+        (GUIDED, DenoisingConfig(label_drop=0.1)),
+        (GUIDED, replace(PLAIN, label_drop=0.1)),
+        (ScoreDistillationConfig(guidance="zero"), DenoisingConfig()),
+        (ScoreDistillationConfig(guidance="teacher"), DenoisingConfig()),
         (RegressionConfig(strengths=(0.0, 4.0)), TOLD),
     ],
 )
@@ -166,8 +172,13 @@ def test_who_can_be_a_teacher(student, teacher):
         (ScoreDistillationConfig(), TOLD, "it makes images in its own steps"),
         (EIGHT, TOLD, "told how strongly it is guided: want strengths within 0 4, not None"),
         (replace(EIGHT, strengths=(-1.0, 2.0)), TOLD, r"within 0 4, not \(-1.0, 2.0\)"),
-        (TOLD, PLAIN, "learnt nothing about images without a class"),
-        (replace(EIGHT, num_steps=4, guidance=2.0), EIGHT, "leave out guidance and strengths"),
+        (TOLD, PLAIN, "it was not trained both with and without classes, so it cannot be guided: leave out guidance"),
+        (replace(EIGHT, num_steps=4, guidance=2.0), EIGHT, "was not trained both with and without classes"),
+        (TOLD, DenoisingConfig(), "was not trained both with and without classes"),
+        (RegressionConfig(guidance=2.0), DenoisingConfig(), "was not trained both with and without classes"),
+        (GUIDED, DenoisingConfig(), "was not trained both with and without classes"),
+        (GUIDED, PLAIN, "was not trained both with and without classes"),
+        (replace(GUIDED, guidance="lsg"), DenoisingConfig(), "was not trained both with and without classes"),
     ],
 )
 def test_who_cannot_be_a_teacher(student, teacher, message):

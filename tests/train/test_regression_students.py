@@ -113,7 +113,7 @@ def test_guidance_wants_to_have_been_learnt(make):
     assert not torch.equal(plain, guided)
     config = replace(config, stage=replace(config.stage, label_drop=0.0))
     assert torch.equal(generate(config, tensors, 3, **options), plain)
-    with pytest.raises(ValueError, match="learnt nothing about images without a class"):
+    with pytest.raises(ValueError, match="the run was not trained both with and without classes"):
         generate(config, tensors, 3, **options, guidance=4.0)
 
 
