@@ -138,9 +138,8 @@ def plain_step(config: RunConfig) -> tuple[int, int, int]:
 def stage_step(config: RunConfig, world: World) -> tuple[int, int, int]:
     """Bytes between the steps of a distillation, at most besides in a step, and after it was closed."""
     before = held()
-    teacher = Weights(
-        replace(config, stage=DenoisingConfig(label_drop=0.1)), UViT(config.model).state_dict(), Checkpoint(Path(), {}), "ema"
-    )
+    there = replace(config, stage=DenoisingConfig(label_drop=0.1))
+    teacher = Weights(there, UViT(config.model).state_dict(), Checkpoint(Path(), {}), "ema")
     stage = build_stage(config, world, None, teacher)
     del teacher
     size, side = config.machine.micro_batch_size, config.model.image_size
