@@ -185,6 +185,8 @@ def test_the_checksum_is_that_of_the_content(folder, tmp_path):
     ("files", "names", "labels"),
     [
         ({"cls": [b"10", b"9", b"10"]}, ("09", "10"), [1, 0, 1]),
+        ({"cls": [b"1_2", b"12", b"1_2"]}, ("12", "1_2"), [1, 0, 1]),
+        ({"cls": [b"9" * 19, b"-3", b"-3"]}, ("-3", "9" * 19), [1, 0, 0]),
         ({"cls": [b"dog", b"cat\n", b"dog"]}, ("cat", "dog"), [1, 0, 1]),
         ({"json": [b'{"label": 2}', b'{"label": 1}', b'{"label": 2}']}, ("1", "2"), [1, 0, 1]),
         ({"json": [b'{"class": "b", "w": 8}', b'{"cls": "a"}', b'{"label": "b"}']}, ("a", "b"), [1, 0, 1]),
