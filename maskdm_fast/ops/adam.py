@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from maskdm_fast.ops import backend as backends
-from maskdm_fast.ops.checks import FLOATING, accumulate_dtype, check_device, check_dtype, check_shape
+from maskdm_fast.ops.checks import FLOATING, accumulate_dtype, check_device, check_dtype, check_shape, check_strided
 
 Lists = tuple[Sequence[Tensor], ...]
 _NAMES = ("params", "grads", "exp_avgs", "exp_avg_sqs", "emas", "copies")
@@ -37,10 +37,11 @@ def _check_list(op: str, name: str, tensors: Sequence[Tensor], params: Sequence[
             tensor.dtype in wanted
             and tensor.shape == param.shape
             and tensor.device == device
-            and (not written or tensor.is_contiguous())
+            and (tensor.is_contiguous() if written else tensor.layout is torch.strided)
         ):
             continue
         label = f"{name}[{index}]"
+        check_strided(op, label, tensor)
         check_dtype(op, label, tensor, wanted)
         check_device(op, label, tensor, device)
         check_shape(op, label, tensor, *param.shape)
@@ -154,3 +155,8 @@ def take_step(
         if native:
             _check_lists(op, lists)  # raises what the native check found, in the words of the other ops
         raise
+    if chosen != "reference" and not torch.compiler.is_compiling():
+        # Autograd does not see what kernels write, and would take new weights for those that a graph was made with. The
+        # moments are in no graph, and each tensor costs time.
+        for tensors in (lists[0], *lists[4:]):
+            torch.autograd.graph.increment_version(tensors)

@@ -44,6 +44,19 @@ def check_device(op: str, name: str, tensor: Tensor, device: torch.device) -> No
         raise ValueError(f"{op}: {name} is on {tensor.device}, want {device}")
 
 
+def check_strided(op: str, name: str, tensor: Tensor) -> None:
+    """Raise ValueError if `tensor` is sparse."""
+    if tensor.layout is not torch.strided:
+        raise ValueError(f"{op}: {name} has layout {str(tensor.layout).removeprefix('torch.')}, want a dense tensor")
+
+
+def check_number(op: str, name: str, value: float) -> float:
+    """`value` as a float. Raise TypeError if it is a tensor: no gradient would reach it, and reading it waits."""
+    if isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} is a tensor, which gets no gradient, want a number")
+    return float(value)
+
+
 def check_cu_seqlens(op: str, cu_seqlens: Tensor, device: torch.device) -> None:
     """int32 ``[B + 1]``; that it starts at 0, never falls and ends at T is checked where the values are at hand."""
     check_dtype(op, "cu_seqlens", cu_seqlens, (torch.int32,))

@@ -91,6 +91,11 @@ class EMAOptimizer(torch.optim.Optimizer):
         self.grad_norm: Tensor | None = None
         self.found_inf: Tensor | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles; torch's own keeps none of what it did not set."""
+        own = ("capturable", "max_grad_norm", "max_grad_value", "compute_grad_norm", "grad_norm", "found_inf")
+        return super().__getstate__() | {name: getattr(self, name) for name in own}
+
     @property
     def _name(self) -> str:
         return type(self).__name__
@@ -184,6 +189,10 @@ class EMAOptimizer(torch.optim.Optimizer):
         factor = (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0).to(torch.float32)
         return factor if loss_scale is None else factor / loss_scale
 
+    def _check_dense(self, grads: list[Tensor]) -> None:
+        if any(grad.layout is not torch.strided for grad in grads):
+            raise RuntimeError(f"{self._name}: sparse gradients are not supported; want nn.Embedding(sparse=False)")
+
     def _check_loss_scale(self, loss_scale: Tensor) -> None:
         if self.max_grad_value is not None:
             raise ValueError(
@@ -215,6 +224,7 @@ class EMAOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: `loss_scale` for an optimizer that cannot skip a step, or that cuts gradients by value.
             TypeError: `loss_scale` is no float32 scalar tensor; `lr` of a capturable group is a number.
+            RuntimeError: a gradient is sparse.
         """
         if loss_scale is not None:
             self._check_loss_scale(loss_scale)
@@ -225,8 +235,9 @@ class EMAOptimizer(torch.optim.Optimizer):
         groups = [
             [(param, param.grad) for param in group["params"] if param.grad is not None] for group in self.param_groups
         ]
-        states = self._states_of([param for pairs in groups for param, _ in pairs])
         grads = [grad for pairs in groups for _, grad in pairs]
+        self._check_dense(grads)
+        states = self._states_of([param for pairs in groups for param, _ in pairs])
         if self.max_grad_value is not None:
             cut_by_value_(grads, self.max_grad_value)
         grad_scale = self._scale_of(grads, loss_scale)
@@ -288,13 +299,13 @@ class EMAOptimizer(torch.optim.Optimizer):
             if index in state_dict["state"]
         }
         for group in self.param_groups:
+            for name, value in self.defaults.items():  # what the optimizer that saved it does not know
+                group.setdefault(name, value)
             for param in group["params"]:
                 if param in saved:
                     self._load_slots(param, group, saved[param])
         self._place_steps({param: int(slots["step"]) for param, slots in saved.items()})
         for group in self.param_groups:
-            for name, value in self.defaults.items():  # what the optimizer that saved it does not know
-                group.setdefault(name, value)
             self._place_lr(group)
             if not self.capturable:
                 group["lr"] = float(group["lr"])

@@ -57,11 +57,22 @@ class ApexAdamEMA(AdamWEMA):
         max_grad_value: float | None = None,
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, ema_decay, max_grad_norm, max_grad_value=max_grad_value)
-        owned = [param for group in self.param_groups for param in group["params"]]
-        _check("optimizers", owned)
+        _check("optimizers", self._owned())
+        self._adam = self._make_adam()
+
+    def _owned(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def _make_adam(self) -> torch.optim.Optimizer:
         from apex.optimizers import FusedAdam
 
-        self._adam = FusedAdam(owned, adam_w_mode=True)
+        return FusedAdam(self._owned(), adam_w_mode=True)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """For copies and pickles; torch calls it as it loads a state dict, too."""
+        super().__setstate__(state)
+        if "_adam" not in vars(self):
+            self._adam = self._make_adam()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -74,6 +85,7 @@ class ApexAdamEMA(AdamWEMA):
         groups = []
         for group in self.param_groups:
             with_grad = [param for param in group["params"] if param.grad is not None]
+            self._check_dense([param.grad for param in with_grad])
             by_step: dict[int, list[Tensor]] = {}
             for param, state in zip(with_grad, self._states_of(with_grad), strict=True):
                 param.grad = param.grad.contiguous()
@@ -90,6 +102,7 @@ class ApexAdamEMA(AdamWEMA):
         self._adam.state, self._adam.param_groups = self.state, groups
         self._adam.step()
         for group in groups:
+            torch.autograd.graph.increment_version(group["params"])  # which apex's kernels do not
             states = [self.state[param] for param in group["params"]]
             for state in states:
                 state["step"] += 1

@@ -8,6 +8,7 @@ from torch import Tensor
 from maskdm_fast.ops import backend as backends
 from maskdm_fast.ops.adam import take_step
 from maskdm_fast.ops.adamw_ema import native_impl, reference
+from maskdm_fast.ops.checks import check_strided
 
 IMPL = {"reference": reference, "cpu": native_impl, "cuda": native_impl}
 if backends.has_triton():
@@ -95,8 +96,15 @@ def global_norm(tensors: Sequence[Tensor], *, backend: str | None = None) -> Ten
         A scalar, float64 if one of `tensors` is, else float32; 0 for an empty list. Summed in float64 by ``"cpu"``.
 
     Raises:
+        ValueError: one of them is sparse.
         RuntimeError: the named backend cannot run.
     """
     if not tensors:
         return torch.zeros(())
-    return IMPL[backends.choose("global_norm", IMPL, tensors[0], backend)].global_norm(list(tensors))
+    chosen = backends.choose("global_norm", IMPL, tensors[0], backend)
+    try:
+        return IMPL[chosen].global_norm(list(tensors))
+    except RuntimeError:
+        for index, tensor in enumerate(tensors):
+            check_strided("global_norm", f"tensors[{index}]", tensor)
+        raise
