@@ -9,6 +9,7 @@ import torch
 
 from maskdm_fast import ops
 from maskdm_fast.ops import backend
+from maskdm_fast.ops.adamw_ema.op import global_norm
 from maskdm_fast.optim import AdamWEMA
 
 BACKENDS = ("reference", "cpu")
@@ -18,6 +19,7 @@ QKV = torch.zeros(2, 3, 3, 2, 4)
 CU = torch.tensor([0, 1, 3], dtype=torch.int32)
 IMAGES = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
 HALF = torch.full((2,), 0.5)
+SPARSE = torch.zeros(3).to_sparse()
 
 
 def _noise(**changes):
@@ -74,6 +76,19 @@ WRONG = [
     (lambda: ops.masked_attention(QKV, cu_seqlens=CU), ValueError, r"want \[T, 3, H, E\]"),
     (lambda: ops.masked_attention(*[QKV[:, :, 0]] * 2, QKV[:, :2, 0]), ValueError, r"v has shape \[2, 2, 2, 4\]"),
     (lambda: ops.masked_attention(*[QKV[:, :, 0]] * 2, QKV[:, :, 0].half()), TypeError, "v has dtype float16"),
+    (
+        lambda: ops.masked_attention(QKV[..., :0]),
+        ValueError,
+        r"masked_attention: qkv has shape \[2, 3, 3, 2, 0\], want E at least 1",
+    ),
+    (
+        lambda: ops.masked_attention(QKV, scale=torch.ones((), requires_grad=True)),
+        TypeError,
+        "masked_attention: scale is a tensor, which gets no gradient, want a number",
+    ),
+    (lambda: ops.masked_dsm_loss(X, X, delta=HALF[0]), TypeError, "masked_dsm_loss: delta is a tensor"),
+    (lambda: ops.sid_loss(X, X, X, alpha=HALF[0]), TypeError, "sid_loss: alpha is a tensor"),
+    (lambda: ops.sid_loss(X, X, X, sigma_data=HALF[0]), TypeError, "sid_loss: sigma_data is a tensor"),
     (lambda: ops.masked_dsm_loss(X, X[:1]), ValueError, r"target has shape \[1, 6, 4\], want \[2, 6, 4\]"),
     (lambda: ops.masked_dsm_loss(X, X.half()), TypeError, "target has dtype float16, want float32"),
     (lambda: ops.masked_dsm_loss(X[:, :0], X[:, :0]), ValueError, "want at least one token"),
@@ -123,6 +138,8 @@ WRONG = [
     (lambda: _noise(flip=torch.zeros(2)), TypeError, "flip has dtype float32, want bool"),
     (lambda: _noise(step=torch.tensor(1.0)), TypeError, "step has dtype float32, want int64"),
     (lambda: _adamw(grads=[]), ValueError, "adamw_ema: grads has 0 tensors, want 1"),
+    (lambda: _adamw(grads=[SPARSE]), ValueError, r"adamw_ema: grads\[0\] has layout sparse_coo, want a dense tensor"),
+    (lambda: global_norm([HALF, SPARSE]), ValueError, r"global_norm: tensors\[1\] has layout sparse_coo"),
     (lambda: _adamw(grads=[torch.zeros(2)]), ValueError, r"grads\[0\] has shape \[2\], want \[3\]"),
     (lambda: _adamw(params=[torch.zeros(3, dtype=torch.int32)]), TypeError, r"params\[0\] has dtype int32"),
     (lambda: _adamw(params=[torch.zeros(6)[::2]]), ValueError, r"params\[0\] is not contiguous"),

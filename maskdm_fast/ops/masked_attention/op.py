@@ -8,7 +8,7 @@ from torch import Tensor
 
 from maskdm_fast.ops import backend as backends
 from maskdm_fast.ops.autograd import once_differentiable
-from maskdm_fast.ops.checks import FLOATING, check_cu_seqlens, check_device, check_dtype, check_shape
+from maskdm_fast.ops.checks import FLOATING, check_cu_seqlens, check_device, check_dtype, check_number, check_shape
 from maskdm_fast.ops.masked_attention import crossover, native_impl, reference, sdpa_impl, xformers_impl
 
 IMPL = {"reference": reference, "cpu": native_impl, "cuda": native_impl}
@@ -72,7 +72,7 @@ def masked_attention(
         ``[B, K, H, E]``, or packed ``[T, H, E]``, contiguous.
 
     Raises:
-        ValueError, TypeError: wrong shape or device; wrong dtype.
+        ValueError, TypeError: wrong shape or device; wrong dtype, or a tensor for `scale`.
         RuntimeError: cu_seqlens does not rise from 0 to T (checked on CPU); the named backend cannot run.
 
     Source: Vaswani et al. (arXiv 1706.03762), eq. 1; the log-sum-exp that the backward pass starts from is
@@ -95,8 +95,9 @@ def masked_attention(
     if cu_seqlens is not None:
         check_cu_seqlens(_OP, cu_seqlens, qkv.device)
         cu_seqlens = cu_seqlens.contiguous()
-    if scale is None:
-        scale = 1.0 / math.sqrt(qkv.shape[-1])
+    if qkv.shape[-1] == 0:
+        raise ValueError(f"{_OP}: {'qkv' if k is None else 'q'} has shape {list(qkv.shape)}, want E at least 1")
+    scale = 1.0 / math.sqrt(qkv.shape[-1]) if scale is None else check_number(_OP, "scale", scale)
     chosen = backends.choose(_OP, BACKENDS, qkv, backend)
     if not backends.is_named(BACKENDS, backend) and crossover.hands_over(qkv, cu_seqlens):
         chosen = "sdpa"
@@ -106,5 +107,5 @@ def masked_attention(
     if chosen in INTEROP:
         q, k, v = qkv.unbind(-3) if k is None or v is None else inputs
         with torch.autocast(qkv.device.type, enabled=False):  # which would change the dtype of the result
-            return INTEROP[chosen].attend(q, k, v, cu_seqlens, float(scale))
-    return _Attention.apply(cu_seqlens, float(scale), chosen, *inputs)
+            return INTEROP[chosen].attend(q, k, v, cu_seqlens, scale)
+    return _Attention.apply(cu_seqlens, scale, chosen, *inputs)

@@ -13,6 +13,7 @@ from maskdm_fast.ops.checks import (
     check_cu_seqlens,
     check_device,
     check_dtype,
+    check_number,
     check_shape,
 )
 from maskdm_fast.ops.masked_dsm_loss import native_impl, reference
@@ -98,7 +99,8 @@ def masked_dsm_loss(
         float32 (float64 for float64 inputs): a scalar, or ``[B]``. The mean over zero images is NaN, as torch.mean's.
 
     Raises:
-        ValueError, TypeError: wrong shape, value or device, no tokens at all in the equal-length form; wrong dtype.
+        ValueError, TypeError: wrong shape, value or device, no tokens at all in the equal-length form; wrong dtype,
+            or a tensor for `delta`.
         RuntimeError: cu_seqlens does not rise from 0 to T (checked on CPU); the named backend cannot run.
 
     Source: MaskDM (arXiv 2306.11363), eq. 2.
@@ -126,9 +128,10 @@ def masked_dsm_loss(
         raise ValueError(f"{_OP}: kind is {kind!r}, want one of {', '.join(_KINDS)}")
     if reduction not in _REDUCTIONS:
         raise ValueError(f"{_OP}: reduction is {reduction!r}, want one of {', '.join(_REDUCTIONS)}")
+    delta = check_number(_OP, "delta", delta)
     if not delta > 0:
         raise ValueError(f"{_OP}: delta is {delta}, want a positive number")
     chosen = backends.choose(_OP, IMPL, pred, backend)
     return _Loss.apply(
-        pred.contiguous(), target.contiguous(), weight, cu_seqlens, kind, float(delta), reduction == "mean", chosen
+        pred.contiguous(), target.contiguous(), weight, cu_seqlens, kind, delta, reduction == "mean", chosen
     )

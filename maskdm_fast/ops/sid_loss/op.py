@@ -7,7 +7,7 @@ from torch import Tensor
 
 from maskdm_fast.ops import backend as backends
 from maskdm_fast.ops.autograd import once_differentiable
-from maskdm_fast.ops.checks import FLOATING, accumulate_dtype, check_device, check_dtype, check_shape
+from maskdm_fast.ops.checks import FLOATING, accumulate_dtype, check_device, check_dtype, check_number, check_shape
 from maskdm_fast.ops.sid_loss import native_impl, reference
 
 IMPL = {"reference": reference, "cpu": native_impl, "cuda": native_impl}
@@ -121,7 +121,7 @@ def sid_loss(
 
     Raises:
         ValueError, TypeError: wrong shape, value or device, no values in an image, what the weighting needs is missing;
-            wrong dtype.
+            wrong dtype, or a tensor for `alpha` or `sigma_data`.
         RuntimeError: the named backend cannot run.
 
     Source: SiD (arXiv 2404.04057) and its official code, https://github.com/mingyuanzhou/SiD; ``"karras"`` is the
@@ -138,6 +138,7 @@ def sid_loss(
         raise ValueError(f"{_OP}: weighting 'l1_xt' needs xt")
     if weighting == "karras" and sigma_t is None:
         raise ValueError(f"{_OP}: weighting 'karras' needs sigma_t")
+    alpha, sigma_data = check_number(_OP, "alpha", alpha), check_number(_OP, "sigma_data", sigma_data)
     if not sigma_data > 0:
         raise ValueError(f"{_OP}: sigma_data is {sigma_data}, want a positive number")
     for name, tensor in (("teacher", teacher), ("fake", fake), ("xt", xt)):
@@ -162,7 +163,7 @@ def sid_loss(
         weight,
         xt.detach().contiguous() if of_xt else None,
         alpha_t.detach() if of_xt and alpha_t is not None else None,
-        float(alpha),
+        alpha,
         weighting.startswith("l1"),
         reduction == "mean",
         chosen,
