@@ -1,10 +1,12 @@
 """Options of the commands that draw images from a run, and the drawing."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
+from maskdm_fast.train.config_json import check_finite
 from maskdm_fast.train.generation import generate
 from maskdm_fast.train.progress import step_bar
 from maskdm_fast.train.weights import Weights
@@ -42,8 +44,11 @@ class DrawOptions:
 
     def check(self) -> None:
         """Raise ValueError for the first value that no run can be drawn with."""
-        if self.batch_size < 1:
-            raise ValueError(f"--batch-size is {self.batch_size}, want at least 1")
+        check_finite({f"--{f.name.replace('_', '-')}": getattr(self, f.name) for f in dataclasses.fields(self)})
+        for name, least in (("steps", 1), ("guidance", 0), ("batch_size", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"--{name.replace('_', '-')} is {value}, want at least {least}")
 
 
 def draw(

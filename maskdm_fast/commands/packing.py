@@ -1,5 +1,6 @@
 """Pack a set of images, or latents, into a store that runs on any machine open as it is."""
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,7 @@ class PackOptions:
         """Raise ValueError for the first value that cannot work, or does not fit another."""
         if Path(self.out).suffix != ".store" or Path(self.out).is_dir():
             raise ValueError(f"{self.out!r} is no name for a store: want a file named like photos.store")
-        if not self.shard_gib > 0:
+        if not 0 < self.shard_gib < math.inf:
             raise ValueError(f"--shard-gib is {self.shard_gib}, want more than 0")
         if self.shift and self.scale is None:
             raise ValueError(f"--shift is {self.shift}, but there is no --scale; both are for latents")

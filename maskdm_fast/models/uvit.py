@@ -1,6 +1,7 @@
 """The U-ViT of MaskDM, and the original: a ViT with long skips that computes nothing for masked patches."""
 
 import dataclasses
+import math
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +71,7 @@ class UViTConfig:
             raise ValueError(
                 f"UViTConfig: dim is {self.dim}, want an even number (half cosines, half sines of the time)"
             )
-        if int(self.dim * self.mlp_ratio) < 1:
+        if not 1 <= self.dim * self.mlp_ratio < math.inf:
             raise ValueError(f"UViTConfig: mlp_ratio is {self.mlp_ratio}, want at least 1/dim = {1 / self.dim:g}")
 
     @property

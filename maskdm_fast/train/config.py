@@ -6,7 +6,6 @@ that they keep their meaning when the batch size changes.
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,7 +13,7 @@ from maskdm_fast.data import LatentScaling
 from maskdm_fast.diffusion import LossWeight, NoiseSchedule, TimestepDraw, make_schedule
 from maskdm_fast.models import CONFIGS, UViTConfig
 from maskdm_fast.random import check_seed
-from maskdm_fast.train.config_json import from_json, to_json
+from maskdm_fast.train.config_json import check_finite, from_json, to_json
 from maskdm_fast.train.distill_config import DistillationConfig, ScoreDistillationConfig
 from maskdm_fast.train.policy_config import PolicyDistillationConfig
 from maskdm_fast.train.regression_config import RegressionConfig
@@ -200,8 +199,9 @@ class RunConfig(SharedConfig):
     def validate(self) -> None:
         """Raise ValueError for the first value that cannot work, before anything is read or written."""
         check_seed(self.seed)
+        check_finite(self.to_dict())
         bound = self.latent_bound
-        check("latent_bound", bound, bound is None or 0 < bound < math.inf, "a number more than 0, or None")
+        check("latent_bound", bound, bound is None or bound > 0, "more than 0, or None")
         if self.latents is None:
             check("there is no latent_scale, and latent_shift", self.latent_shift, not self.latent_shift, "0")
         else:

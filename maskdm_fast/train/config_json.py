@@ -1,6 +1,7 @@
 """Configurations as JSON, and how two of them differ."""
 
 import dataclasses
+import math
 import types
 import typing
 from typing import Any
@@ -31,6 +32,14 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
     return flat
+
+
+def check_finite(values: dict[str, Any]) -> None:
+    """Raise ValueError for the first number that is NaN or infinite: no option has a use for it, and JSON no word."""
+    for name, value in flatten(values).items():
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"{name.rpartition('.')[2]} is {number}, want a finite number")
 
 
 def to_json(value: Any) -> Any:

@@ -159,6 +159,12 @@ def test_a_grey_run_without_classes_draws_grey_files_side_by_side(grey_run, tmp_
         (("--labels", "0", "3"), "no class '3'"),
         (("--labels", "0", "--per-class", 2), "leave out --per-class and --classes"),
         (("--batch-size", 0), "--batch-size is 0, want at least 1"),
+        (("--steps", 0), "--steps is 0, want at least 1"),
+        (("--guidance", -2), "--guidance is -2.0, want at least 0"),
+        (("--guidance", "nan"), "--guidance is nan, want a finite number"),
+        (("--guidance-interval", 0.1, "inf"), "--guidance-interval is inf, want a finite number"),
+        (("--value-guidance", "inf"), "--value-guidance is inf, want a finite number"),
+        (("--eta", "nan"), "--eta is nan, want a finite number"),
     ],
 )
 def test_errors(conditional_run, run, capsys, options, message):

@@ -233,6 +233,8 @@ def test_meta_construction_then_reset():
         ({"dim": 27}, "dim is 27, want an even number"),
         ({"num_classes": -1}, "num_classes is -1"),
         ({"mlp_ratio": 0.0}, "mlp_ratio is 0.0"),
+        ({"mlp_ratio": float("inf")}, "mlp_ratio is inf"),
+        ({"mlp_ratio": float("nan")}, "mlp_ratio is nan"),
     ],
 )
 def test_configuration_errors(changes, message):

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 from dataclasses import replace
@@ -15,6 +16,8 @@ from maskdm_fast.train.config import (
     DiffusionConfig,
     MachineConfig,
     OutputConfig,
+    PolicyDistillationConfig,
+    RegressionConfig,
     ScoreDistillationConfig,
 )
 from maskdm_fast.train.config_json import differences
@@ -256,9 +259,7 @@ def test_run_validation():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"latent_bound": -1.0}, "latent_bound is -1.0, want a number more than 0, or None"),
-        ({"latent_bound": math.nan}, "latent_bound is nan"),
-        ({"latent_bound": math.inf}, "latent_bound is inf"),
+        ({"latent_bound": -1.0}, "latent_bound is -1.0, want more than 0, or None"),
         ({"latent_shift": 2.0}, "there is no latent_scale, and latent_shift is 2.0, want 0"),
         ({"latent_scale": 0.0}, "the scale of latents is 0.0"),
         ({"latent_scale": 2.0, "latent_bound": 0.0}, "latent_bound is 0.0"),
@@ -271,6 +272,22 @@ def test_run_validation():
 def test_validation_of_latents_names_the_value(changes, message):
     with pytest.raises(ValueError, match=message):
         RunConfig(**changes).validate()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("kind", [DenoisingConfig, ScoreDistillationConfig, RegressionConfig, PolicyDistillationConfig])
+def test_every_number_is_finite(kind, value):
+    """A learning rate of infinity is more than 0."""
+    config = RunConfig(stage=kind(), latent_bound=1.0)
+    for part in ("", "stage", "diffusion", "machine"):
+        owner = getattr(config, part) if part else config
+        for field in dataclasses.fields(owner):
+            if isinstance(getattr(owner, field.name), float):
+                changed = replace(owner, **{field.name: value})
+                with pytest.raises(ValueError, match=rf"^{field.name} is {value}, want a finite number"):
+                    (replace(config, **{part: changed}) if part else changed).validate()
+    with pytest.raises(ValueError, match=f"betas is {value}, want a finite number"):
+        replace(config, stage=kind(betas=(0.5, value))).validate()
 
 
 def test_warmup_is_linear_and_the_first_step_learns():
