@@ -90,7 +90,7 @@ def consistency_transitions(schedule: NoiseSchedule, levels: Sequence[float] = (
     visited = [greatest, *levels]
     if any(not least <= there < here for here, there in zip(visited, levels, strict=False)):
         raise ValueError(
-            f"consistency_transitions: levels is {list(levels)}, want falling ones between {greatest:g} and {least:g}"
+            f"the sampling levels are {list(levels)}, want falling ones between {greatest:g} and {least:g}"
         )
     t = schedule.t_of_log_snr(-2.0 * torch.tensor(visited, dtype=torch.float64).log())
     alpha, sigma = (scale.tolist() for scale in schedule.alpha_sigma(t))

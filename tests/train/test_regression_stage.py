@@ -246,6 +246,8 @@ def test_a_student_begins_as_its_teacher(make):
         ),
         ({"method": "progressive", "num_steps": 501}, "num_steps is 1002, want 1 to 1000"),
         ({"method": "progressive", "num_steps": 4, "cuda_graph": True}, "cuda_graph records denoising only"),
+        ({"sampling_levels": (100.0,)}, r"the sampling levels are \[100.0\], want falling ones between 80 and 0\.0064"),
+        ({"sampling_levels": (0.5, 1e-3), "schedule": "flow", "path": "data"}, "falling ones between 80 and 0.002"),
         ({"teacher_stage": RegressionConfig()}, "the teacher teacher: it comes from regression-distillation"),
     ],
 )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from maskdm_fast.diffusion import Denoiser
-from maskdm_fast.distill import ConsistencyDistillation
+from maskdm_fast.distill import ConsistencyDistillation, consistency_transitions
 from maskdm_fast.distill.networks import drop_labels
 from maskdm_fast.distill.progressive import check_steps, check_student
 from maskdm_fast.train.config import RunConfig
@@ -76,9 +76,11 @@ class RegressionStage:
     ) -> "RegressionStage":
         stage = config.stage
         check_teacher(config, teacher)
-        network = meta_network(config)
+        network, schedule = meta_network(config), config.diffusion.noise_schedule(config.model)
+        # What could not be sampled is not trained.
+        if stage.method == "consistency":
+            consistency_transitions(schedule, stage.sampling_levels)
         if stage.method == "progressive":
-            schedule = config.diffusion.noise_schedule(config.model)
             check_student(Denoiser(network, schedule, config.diffusion.prediction))
             check_steps(schedule, 2 * stage.num_steps)
         values = initial_values(config, teacher if weights is None else weights, world)
