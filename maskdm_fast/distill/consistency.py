@@ -82,20 +82,25 @@ def consistency_transitions(schedule: NoiseSchedule, levels: Sequence[float] = (
         levels: falling ``sigma / alpha`` of the other evaluations; Geng et al. take 0.821 on CIFAR-10.
 
     Raises:
-        ValueError: if the levels do not fall, or leave the noise range.
+        ValueError: as `check_levels`.
 
     Source: Song et al., "Consistency Models", ICML 2023 (arXiv 2303.01469), algorithm 1.
     """
-    least, greatest = schedule.noise_range
-    visited = [greatest, *levels]
-    if any(not least <= there < here for here, there in zip(visited, levels, strict=False)):
-        raise ValueError(
-            f"the sampling levels are {list(levels)}, want falling ones between {greatest:g} and {least:g}"
-        )
+    check_levels(schedule, levels)
+    visited = [schedule.noise_range[1], *levels]
     t = schedule.t_of_log_snr(-2.0 * torch.tensor(visited, dtype=torch.float64).log())
     alpha, sigma = (scale.tolist() for scale in schedule.alpha_sigma(t))
     landings = zip([*alpha[1:], 1.0], [*sigma[1:], 0.0], strict=True)
     return [Transition(time, c_x0, 0.0, std=std) for time, (c_x0, std) in zip(t.tolist(), landings, strict=True)]
+
+
+def check_levels(schedule: NoiseSchedule, levels: Sequence[float]) -> None:
+    """Raise ValueError unless the levels of `consistency_transitions` fall and lie in the noise range."""
+    least, greatest = schedule.noise_range
+    if any(not least <= there < here for here, there in zip([greatest, *levels], levels, strict=False)):
+        raise ValueError(
+            f"the sampling levels are {list(levels)}, want falling ones between {greatest:g} and {least:g}"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from maskdm_fast.diffusion import Denoiser
-from maskdm_fast.distill import ConsistencyDistillation, consistency_transitions
+from maskdm_fast.distill import ConsistencyDistillation
+from maskdm_fast.distill.consistency import check_levels
 from maskdm_fast.distill.networks import drop_labels
 from maskdm_fast.distill.progressive import check_steps, check_student
 from maskdm_fast.train.config import RunConfig
@@ -79,7 +80,7 @@ class RegressionStage:
         network, schedule = meta_network(config), config.diffusion.noise_schedule(config.model)
         # What could not be sampled is not trained.
         if stage.method == "consistency":
-            consistency_transitions(schedule, stage.sampling_levels)
+            check_levels(schedule, stage.sampling_levels)
         if stage.method == "progressive":
             check_student(Denoiser(network, schedule, config.diffusion.prediction))
             check_steps(schedule, 2 * stage.num_steps)
