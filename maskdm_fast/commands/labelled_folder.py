@@ -12,7 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from maskdm_fast.data.sources import IMAGE_SUFFIXES, files_below
+
 MANIFEST_NAME = "manifest.jsonl"
+_LOCK_NAME = ".lock"
 _SHOWN = 5
 
 
@@ -77,22 +80,37 @@ class LabelledFolder:
         """Open a folder for this process alone, however it ends.
 
         Args:
-            folder: made if missing; may hold images drawn before.
+            folder: made if missing, and then removed if nothing is written; may hold images drawn before.
 
         Raises:
             RuntimeError: another process is drawing into it.
-            ValueError: the manifest is damaged other than by a torn last line.
+            ValueError: it is a file, or holds images without a manifest, which were not drawn; or the manifest is
+                damaged other than by a torn last line.
         """
         path = Path(folder)
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{path} is a file: want a folder, or a name like {path.stem}.png for a grid")
+        if path.is_dir() and not (path / MANIFEST_NAME).exists():
+            other = next(files_below(path, IMAGE_SUFFIXES), None)
+            if other is not None:
+                raise ValueError(f"{path} holds images that were not drawn, such as {other}: choose another --out")
+        is_new = not path.exists()
         path.mkdir(parents=True, exist_ok=True)
-        with open(path / ".lock", "w") as file:
+        lock = path / _LOCK_NAME
+        with open(lock, "w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise RuntimeError(f"another process is drawing into {path}; choose another --out") from None
             for leftover in path.rglob(".*.png.tmp"):
                 leftover.unlink()
-            yield cls(path)
+            try:
+                yield cls(path)
+            finally:
+                if os.listdir(path) == [_LOCK_NAME]:
+                    lock.unlink()
+                    if is_new:
+                        path.rmdir()
 
     def missing(self, wanted: list[Drawn]) -> list[Drawn]:
         """Those of `wanted` whose files are not there yet.

@@ -97,11 +97,47 @@ def test_images_drawn_otherwise_are_not_mixed_nor_overwritten(conditional_run, t
     before = [(out / file).read_bytes() for file in _files(out)]
     assert run(*draw, "--steps", 3) == 2
     assert "ants/0-000000.png: steps 2 -> 3" in capsys.readouterr().err
-    (out / "manifest.jsonl").unlink()
+    lines = (out / "manifest.jsonl").read_text().splitlines(keepends=True)
+    (out / "manifest.jsonl").write_text("".join(lines[1:]))
     assert run(*draw, "--steps", 2) == 2
     assert "ants/0-000000.png is not in manifest.jsonl" in capsys.readouterr().err
     assert [(out / file).read_bytes() for file in _files(out)] == before
     assert run(*draw, "--steps", 2, "--seed", 1) == 0 and len(_files(out)) == 6
+
+
+@pytest.mark.parametrize("name", ["photo.JPG", "trip/photo.webp"])
+def test_a_folder_of_other_images_stays_as_it_is(grey_run, tmp_path, run, capsys, name):
+    """Drawn images among the photos that a run was trained on would be trained on, too."""
+    photo = tmp_path / "photos" / name
+    photo.parent.mkdir(parents=True)
+    photo.write_bytes(b"a photo")
+    assert run("sample", grey_run, *STEPS, "--num-images", 1, "--out", "photos") == 2
+    message = f"photos holds images that were not drawn, such as photos/{name}: choose another --out"
+    assert message in capsys.readouterr().err
+    assert [path for path in (tmp_path / "photos").rglob("*") if path.is_file()] == [photo]
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "notes.txt").write_text("no image")
+    assert run("sample", grey_run, *STEPS, "--num-images", 1, "--out", "notes") == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--guidance", 2), "guidance needs labels"),
+        (("--steps", 2000), "1000"),
+        (("--eta", 2), "eta is 2.0"),
+    ],
+)
+def test_a_drawing_that_fails_leaves_no_folder(grey_run, tmp_path, run, capsys, options, message):
+    assert run("sample", grey_run, *options, "--num-images", 1, "--out", "drawn") == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "drawn").exists()
+
+
+def test_a_file_is_no_folder(grey_run, tmp_path, run, capsys):
+    (tmp_path / "photos.store").write_bytes(b"")
+    assert run("sample", grey_run, *STEPS, "--out", "photos.store") == 2
+    assert "photos.store is a file: want a folder, or a name like photos.png for a grid" in capsys.readouterr().err
 
 
 def test_the_line_is_there_before_the_image(conditional_run, tmp_path, run, monkeypatch):
