@@ -121,6 +121,12 @@ def _commit() -> str | None:
     return commit + "-dirty" * changed
 
 
+def short_commit(commit: str | None) -> str:
+    """A commit as tables show it, with -dirty if it has that."""
+    number, *dirty = str(commit).split("-")
+    return "-".join([number[:9], *dirty])
+
+
 def environment() -> dict[str, Any]:
     """``machine``, ``versions``, ``commit`` and ``command`` of this process."""
     machine: dict[str, Any] = {

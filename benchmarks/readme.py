@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import kernel_budget, scaling
-from benchmarks.harness import RESULTS, ROOT
+from benchmarks.harness import RESULTS, ROOT, short_commit
 
 BEGIN, END = "<!-- made by python -m benchmarks.readme -->\n", "<!-- end -->"
 _GPU_GB = (24, 80)
@@ -21,7 +21,7 @@ def _source(result: dict[str, Any]) -> str:
     machine, versions = result["machine"], result["versions"]
     return (
         f"{machine['cpu']} ({machine['isa']}), {machine['threads']} threads, torch {versions['torch']}, commit "
-        f"{result['commit'][:9]}; `{result['command']}`"
+        f"{short_commit(result['commit'])}; `{result['command']}`"
     )
 
 
@@ -98,8 +98,8 @@ def prediction_tables(result: dict[str, Any]) -> str:
         f"{machine['cpu']} ({machine['isa']}), {rates['threads']} threads. Rates: {rates['flops'] / 1e9:.0f} GFLOP/s "
         f"in products, the median of the cases of `linear`; {rates['bandwidth'] / 1e9:.0f} GB/s, a large copy; "
         f"{rates['launch'] * 1e6:.1f} us a launch, half of an eager `gelu` of nothing, forward and backward: all from "
-        f"`benchmarks.ops` at commit {result['commits']['ops'][:9]}. Steps: `benchmarks.step` at commit "
-        f"{result['commits']['step'][:9]}.",
+        f"`benchmarks.ops` at commit {short_commit(result['commits']['ops'])}. Steps: `benchmarks.step` at commit "
+        f"{short_commit(result['commits']['step'])}.",
         "",
         "**Estimates; nothing of this was measured on a GPU.**",
         "",
@@ -119,7 +119,7 @@ def prediction_tables(result: dict[str, Any]) -> str:
     lines += [
         "",
         "Images per second of an eager step (where launches bound it, also of one captured in a CUDA graph); MFU; what "
-        f"bounds it. Commit {result['commit'][:9]}, torch {result['versions']['torch']}; `{result['command']}`.",
+        f"bounds it. Commit {short_commit(result['commit'])}, torch {result['versions']['torch']}; `{result['command']}`.",
     ]
     return "\n".join(lines) + "\n"
 

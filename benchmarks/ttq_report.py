@@ -169,7 +169,7 @@ def _notes(result: Mapping[str, Any], num_seeds: int) -> str:
         f"{calibration['jobs']} x {calibration['threads']} threads on {machine['cpu']} ({machine['isa']}) as "
         f"calibrated: {speeds}. On the wall a run took {min(slowdowns):.2f} to {max(slowdowns):.2f} times as long, "
         "beside whatever else the machine did, other runs included. "
-        f"torch {result['versions']['torch']}, commit {str(result['commit'])[:9]}."
+        f"torch {result['versions']['torch']}, commit {harness.short_commit(result['commit'])}."
     )
 
 
