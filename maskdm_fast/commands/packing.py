@@ -31,7 +31,7 @@ class PackOptions:
     """
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """What to pack: a folder of images, tar shards, idx files, latents, emoji; as --data takes it in train."""
+    """What to pack: a folder of images, tar shards, idx files, latents, emoji; all that --data takes but a store."""
     out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT.store")]
     """The file to make; one that is there is replaced once the new one is whole."""
     image_size: int | None = None
