@@ -288,8 +288,11 @@ class EMAOptimizer(torch.optim.Optimizer):
         slots: those that are not wanted are dropped.
 
         Raises:
-            ValueError: a slot that a group wants was not saved.
+            ValueError: a slot that a group wants was not saved; or it is the state of another algorithm, as of
+                `torch.optim.AdamW` with `amsgrad`.
         """
+        for group in state_dict["param_groups"]:
+            self._check_algorithm(group)
         super().load_state_dict(state_dict)
         saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         params = [param for group in self.param_groups for param in group["params"]]
@@ -309,6 +312,14 @@ class EMAOptimizer(torch.optim.Optimizer):
             self._place_lr(group)
             if not self.capturable:
                 group["lr"] = float(group["lr"])
+
+    def _check_algorithm(self, group: dict[str, Any]) -> None:
+        """Raise ValueError if a group that torch's Adam or AdamW saved asks for what this step does not do."""
+        unknown = [name for name in ("amsgrad", "maximize") if group.get(name)]
+        if group.get("weight_decay") and not group.get("decoupled_weight_decay", True):
+            unknown.append("a weight decay within the gradient")
+        if unknown:
+            raise ValueError(f"{self._name}: what was saved comes with {' and '.join(unknown)}, which it does not know")
 
     def _load_slots(self, param: Tensor, group: dict[str, Any], saved: dict[str, Any]) -> None:
         dtype = accumulate_dtype(param.dtype)

@@ -107,6 +107,20 @@ def test_the_state_of_adamw_loads():
         averaging.load_state_dict(theirs.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("theirs", "settings", "message"),
+    [
+        (torch.optim.AdamW, {"amsgrad": True, "maximize": True}, "comes with amsgrad and maximize, which"),
+        (torch.optim.Adam, {"weight_decay": 0.1}, "comes with a weight decay within the gradient, which"),
+    ],
+)
+def test_another_algorithm_does_not_go_on_as_this_one(theirs, settings, message):
+    optimizer = AdamWEMA(_params(), ema_decay=None)
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(theirs(_params(), **settings).state_dict())
+    optimizer.load_state_dict(torch.optim.Adam(_params()).state_dict())
+
+
 @KINDS
 @pytest.mark.parametrize("max_grad_value", [None, 1.0])
 def test_sparse_gradients_are_refused(kind, max_grad_value):
