@@ -1,5 +1,6 @@
 """Start and resume runs: everything that happens around the training loop."""
 
+import itertools
 import json
 import os
 import sys
@@ -18,7 +19,7 @@ from maskdm_fast.train import checkpoint as checkpoints
 from maskdm_fast.train.classes import check_same_classes, match_classes
 from maskdm_fast.train.config import NO_DATA, Recipe, RunConfig
 from maskdm_fast.train.config_json import differences
-from maskdm_fast.train.engine_choice import choose_engine
+from maskdm_fast.train.engine_choice import check_engine, choose_engine
 from maskdm_fast.train.extras import require
 from maskdm_fast.train.feed import Feed
 from maskdm_fast.train.memory import memory_per_rank
@@ -144,13 +145,36 @@ def train_recipe(recipe: Recipe, folder: Path | str) -> TrainResult:
         How the last stage that ran has ended. Arguments and errors as in `train`.
     """
     recipe.validate()
-    folder = Path(folder)
+    folder, runs = Path(folder), recipe.runs()
+    world = make_world(recipe.machine.device)
+    world.on_main(lambda: _check_stages(runs, folder, world))
     with StopSignals() as signals:
-        for name, config in recipe.runs():
+        for name, config in runs:
             result = train(config, folder / name, title=f"{folder.name}/{name}", signals=signals)
             if not result.finished:
                 break
     return result
+
+
+def _check_stages(runs: Sequence[tuple[str, RunConfig]], folder: Path, world: World) -> None:
+    """Raise, before anything is trained, for a stage that could not run, or that has begun from another than the one
+    before it would become."""
+    for _, config in runs:
+        engine = config.machine.engine
+        if engine == "auto":
+            engine = "plain" if world.world_size == 1 else "ddp"
+        check_engine(config, engine, world.world_size, world.device.type)
+    for (name, config), (following, _) in itertools.pairwise(runs):
+        begun = checkpoints.newest(folder / name) if checkpoints.exist(folder / following) else None
+        if begun is None:
+            continue
+        stage, seconds = config.stage, begun.state["seconds"]
+        all_images = stage.num_images is not None and begun.step * stage.batch_size >= stage.num_images
+        if not all_images and (stage.max_seconds is None or seconds < stage.max_seconds):
+            raise ValueError(
+                f"{name} would go on from step {begun.step}, but {following} has begun from what it was there; remove "
+                f"{folder / following} to train it anew, or choose another folder with --out"
+            )
 
 
 def open_store(config: RunConfig, teacher: Weights | None = None) -> ImageStore:
@@ -272,7 +296,12 @@ def _claim(folder: Path, config: RunConfig) -> None:
     """
     path, new = folder / checkpoints.CONFIG_NAME, config.to_dict()
     if checkpoints.exist(folder) and path.exists():
-        old: dict[str, Any] = RunConfig.from_dict(json.loads(path.read_text("utf-8"))).to_dict()
+        try:
+            old: dict[str, Any] = RunConfig.from_dict(json.loads(path.read_text("utf-8"))).to_dict()
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path} is no configuration of a run ({error}); restore it, or choose another folder with --out"
+            ) from error
         changed = differences(old, new)
         if changed:
             lines = "".join(f"\n  {line}" for line in changed)

@@ -1,6 +1,7 @@
 """What a run folder may hold, and when it counts as begun."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -33,6 +34,42 @@ def test_a_recipe_and_a_run_do_not_share_a_folder(make_config, recipe, tmp_path,
     assert load_weights(tmp_path / "recipe").checkpoint.path.parent.parent.name == "2-finetune"
     train(make_config(num_images=4, init_from="2-finetune"), tmp_path / "recipe" / "3-more")
     assert load_weights(tmp_path / "recipe").checkpoint.path.parent.parent.name == "3-more"
+
+
+def longer(recipe, number, num_images):
+    stages = [*recipe.stages]
+    stages[number] = (stages[number][0], replace(stages[number][1], num_images=num_images))
+    return replace(recipe, stages=tuple(stages))
+
+
+def test_a_stage_does_not_go_on_under_the_next_one(recipe, tmp_path):
+    """Which began from what it was; the last one may."""
+    train_recipe(recipe, tmp_path)
+    with pytest.raises(ValueError, match=r"1-pretrain would go on from step 1, but 2-finetune has begun .*; remove"):
+        train_recipe(longer(recipe, 0, 8), tmp_path)
+    assert checkpoint.newest(tmp_path / "1-pretrain").step == 1
+    train_recipe(longer(recipe, 1, 8), tmp_path)
+    assert checkpoint.newest(tmp_path / "2-finetune").step == 2
+    shutil.rmtree(tmp_path / "2-finetune")
+    train_recipe(longer(recipe, 0, 8), tmp_path)
+    assert [checkpoint.newest(tmp_path / name).step for name in ("1-pretrain", "2-finetune")] == [2, 1]
+
+
+def test_no_stage_is_trained_where_a_later_one_cannot_be(recipe, tmp_path):
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed (pip install 'maskdm_fast[deepspeed]')")
+    (first, second), machine = recipe.stages, replace(recipe.machine, engine="zero1")
+    stages = (first, (second[0], replace(second[1], optimizer="lamb")))
+    with pytest.raises(ValueError, match="optimizer lamb needs the norms of whole tensors"):
+        train_recipe(replace(recipe, stages=stages, machine=machine), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("text", ["", '{"model": 5}', "[]"])
+def test_a_configuration_that_was_cut_is_named(make_config, tmp_path, text):
+    train(make_config(num_images=4), tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json is no configuration of a run .*; restore it"):
+        train(make_config(num_images=8), tmp_path)
 
 
 def test_a_start_that_failed_does_not_take_the_folder(make_config, tmp_path):
