@@ -216,7 +216,7 @@ def test_help_of_a_preset_shows_options_and_defaults(preset, words, capsys):
         (["sample", "nowhere"], "no such run or checkpoint folder: nowhere"),
         (["sample", "."], "holds no checkpoint"),
         (["sample", ".", "--num-images", "0"], "--num-images is 0, want at least 1"),
-        (["evaluate", "nowhere", "--data", "emoji"], "no folder 'nowhere': give a folder of images"),
+        (["evaluate", "nowhere", "--data", "emoji"], "there is no run, folder or file 'nowhere'"),
         (["demo", "--minutes", "0"], "--minutes is 0.0, want more than 0"),
     ],
 )

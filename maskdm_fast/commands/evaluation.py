@@ -11,6 +11,7 @@ from torch import Tensor
 
 from maskdm_fast.commands.drawing import DrawOptions
 from maskdm_fast.commands.image_sets import ImageSet, Side, common_shape, drawn, read, relabel
+from maskdm_fast.commands.out_files import check_file
 from maskdm_fast.commands.score_table import class_table, set_table
 from maskdm_fast.eval import (
     ClassScore,
@@ -62,13 +63,14 @@ class EvaluateOptions(DrawOptions):
     """
 
     sets: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN|DATA")]
-    """What to score: run, recipe or checkpoint folders, from which images are drawn, or images in any form that --data
-    takes in train: folders, .store files, idx files, emoji."""
+    """What to score: run, recipe or checkpoint folders or exported files, from which images are drawn, or images in any
+    form that --data takes in train: folders, .store files, idx files, emoji."""
     data: str | None = None
     """What to compare with: real images in any form that train takes, or another run. Default: what the run was
     trained on."""
     skip_bad: bool = False
-    """Leave out image files that cannot be read (they are listed), instead of stopping."""
+    """Leave out image files that cannot be read (they are listed), instead of stopping. What a run was trained on is
+    read as the run has read it."""
     num_images: int = 1000
     """Images of each set, at most: fewer where one of the sets holds fewer."""
     num_reference: int = MAX_REFERENCE
@@ -122,11 +124,16 @@ def evaluate(options: EvaluateOptions) -> None:
     """Score sets of images, print a table, and write it as JSON."""
     options.check()
     sides = [Side.find(name, options.weights) for name in options.sets]
-    reference_side = Side.find(_reference_name(options, sides), options.weights)
+    reference_side = _reference_side(options, sides)
+    out = _out(options, sides)
+    check_file(out)
     shape = common_shape([*sides, reference_side], options.image_size)
+    network = load_features(options.features).to(make_world(options.device).device)
     cache_dir = options.cache_dir or str(default_cache_dir())
+    trained = [side.weights.config for side in sides if side.weights is not None]
+    left_out = {config.data for config in trained if config.skip_bad}
     stores = {
-        side.name: side.open(shape, cache_dir=cache_dir, skip_bad=options.skip_bad)
+        side.name: side.open(shape, cache_dir=cache_dir, skip_bad=options.skip_bad or side.name in left_out)
         for side in (*sides, reference_side)
         if side.weights is None
     }
@@ -137,10 +144,9 @@ def evaluate(options: EvaluateOptions) -> None:
         # Other slots than those of the sets: runs with one seed would begin from the same noise.
         count = min(num_images, options.num_reference)
         reference = drawn(reference_side, options, count, first_slot=num_images)
-    network = load_features(options.features).to(make_world(options.device).device)
     evaluation = Evaluation(reference, network, options.seed, cache_dir)
-    out = _out(options, sides)
-    results, pictures = [], []
+    results: list[SetScore] = []
+    pictures: dict[str, bytes] = {}
     for number, side in enumerate(sides, start=1):
         if side.weights is None:
             images = read(stores[side.name], side.name, num_images, seed=options.seed)
@@ -151,10 +157,7 @@ def evaluate(options: EvaluateOptions) -> None:
         results.append(result)
         if options.neighbours:
             name = "neighbours.png" if len(sides) == 1 else f"neighbours-{number}-{_safe(side.name)}.png"
-            picture = neighbours_grid(images.images, reference.images, found, options.neighbours)
-            out.parent.mkdir(parents=True, exist_ok=True)
-            (out.parent / name).write_bytes(png_bytes(picture))
-            pictures.append(name)
+            pictures[name] = png_bytes(neighbours_grid(images.images, reference.images, found, options.neighbours))
     floor = evaluation.floor(num_images)
     print(set_table(results, floor, reference.name))
     for result in results:
@@ -244,6 +247,18 @@ class Evaluation:
             )
 
 
+def _reference_side(options: EvaluateOptions, sides: Sequence[Side]) -> Side:
+    name = _reference_name(options, sides)
+    try:
+        return Side.find(name, options.weights)
+    except FileNotFoundError as error:
+        if options.data is not None:
+            raise
+        raise FileNotFoundError(
+            f"{error}, which the run was trained on: --data must say where it is, or what else to compare with"
+        ) from None
+
+
 def _reference_name(options: EvaluateOptions, sides: Sequence[Side]) -> str:
     if options.data is not None:
         return options.data
@@ -262,7 +277,7 @@ def _out(options: EvaluateOptions, sides: Sequence[Side]) -> Path:
     if options.out is not None:
         return Path(options.out)
     # Never into a folder of images: a picture there would be taken for one of them.
-    one_run = len(sides) == 1 and sides[0].weights is not None
+    one_run = len(sides) == 1 and sides[0].weights is not None and Path(sides[0].name).is_dir()
     return Path(sides[0].name if one_run else ".") / "evaluation.json"
 
 
@@ -276,17 +291,19 @@ def _write(
     reference: ImageSet,
     results: list[SetScore],
     floor: Manifold | None,
-    pictures: list[str],
+    pictures: dict[str, bytes],
 ) -> None:
     record: dict[str, Any] = {
         "sets": [dataclasses.asdict(result) for result in results],
         "reference": {"name": reference.name, "num_images": len(reference.images), "key": reference.key},
         "manifold_floor": None if floor is None else dataclasses.asdict(floor),
-        "pictures": pictures,
+        "pictures": list(pictures),
         "options": dataclasses.asdict(options),
         "commit": git_commit(),
         "versions": package_versions(),
         "machine": machine(),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
+    for name, picture in pictures.items():
+        (out.parent / name).write_bytes(picture)
     write_json_atomic(out, record)

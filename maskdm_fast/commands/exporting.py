@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from maskdm_fast.commands.out_files import check_file
 from maskdm_fast.train import export as export_weights
 from maskdm_fast.train.engine import DTYPES
 from maskdm_fast.train.extras import require
@@ -42,7 +43,7 @@ def export(options: ExportOptions) -> None:
         As `maskdm_fast.train.export`.
     """
     options.check()
-    Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+    check_file(Path(options.out))
     source = export_weights(options.run, options.out, options.weights, DTYPES[options.dtype])
     size = Path(options.out).stat().st_size
     print(

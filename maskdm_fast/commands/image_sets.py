@@ -11,7 +11,7 @@ from torch import Tensor
 from maskdm_fast.commands.drawing import DrawOptions, draw
 from maskdm_fast.data import ImageStore, is_tars, open_dataset
 from maskdm_fast.eval import subset_indices
-from maskdm_fast.train.weights import Weights, load_weights
+from maskdm_fast.train.weights import Weights, is_exported, load_weights
 
 FREE_IMAGE_SIZE = 64
 
@@ -49,13 +49,17 @@ class Side:
 
     @classmethod
     def find(cls, name: str, which: Literal["ema", "raw"]) -> "Side":
-        """A run, recipe or checkpoint folder if there are weights in `name`, else a data set.
+        """A run, recipe or checkpoint folder or an exported file if there are weights in `name`, else a data set.
 
         Raises:
+            FileNotFoundError: there is nothing of this name.
             CheckpointError: there are weights, but damaged ones.
-            ValueError: of a run on latents.
+            ValueError: of a run on latents, or of a file with the other weights.
         """
-        if not Path(name).is_dir():
+        path = Path(name)
+        if not (path.exists() or name == "emoji" or is_tars(name)):
+            raise FileNotFoundError(f"there is no run, folder or file {name!r}")
+        if not (path.is_dir() or is_exported(path)):
             return cls(name, None)
         try:
             weights = load_weights(name, which)

@@ -11,6 +11,7 @@ import torch
 
 from maskdm_fast.commands.drawing import DrawOptions, draw
 from maskdm_fast.commands.labelled_folder import MANIFEST_NAME, Drawn, LabelledFolder, folder_names
+from maskdm_fast.commands.out_files import check_file
 from maskdm_fast.train.config import DistillationConfig
 from maskdm_fast.train.extras import require
 from maskdm_fast.train.progress import format_seconds
@@ -38,7 +39,8 @@ class SampleOptions(DrawOptions):
     """
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """A run folder (its newest checkpoint), the folder of a recipe (its last stage), or a checkpoint folder."""
+    """A run folder (its newest checkpoint), the folder of a recipe (its last stage), a checkpoint folder, or a file
+    that export wrote."""
     num_images: int = 64
     """Images to draw; a run with classes takes them in turn."""
     per_class: int | None = None
@@ -49,7 +51,8 @@ class SampleOptions(DrawOptions):
     """The class of each image, by name or number, instead of --num-images."""
     out: str | None = None
     """A file named *.png for a grid (with --per-class: a class per row), any other name for a folder. Of a run on
-    latents a file named *.npy. Default: RUN/samples/grid-SEED.png, or latents-SEED.npy."""
+    latents a file named *.npy. Default: RUN/samples/grid-SEED.png, or latents-SEED.npy; of an exported file in the
+    working directory."""
 
     def check(self) -> None:
         """Raise ValueError for the first value that cannot work, or does not fit another."""
@@ -62,6 +65,9 @@ class SampleOptions(DrawOptions):
             raise ValueError(
                 f"--per-class is {self.per_class}, want at most {_CLASS_SLOTS}; use another --seed for more"
             )
+        for name in ("classes", "labels"):
+            if getattr(self, name) == ():
+                raise ValueError(f"--{name} names no class: name at least one, or leave it out")
         if self.labels is not None and (self.per_class is not None or self.classes is not None):
             raise ValueError("--labels says the class of each image: leave out --per-class and --classes")
 
@@ -74,7 +80,8 @@ def sample(options: SampleOptions) -> None:
     planned = _plan(options, names)
     is_latent = weights.config.latents is not None
     default = f"latents-{options.seed}.npy" if is_latent else f"grid-{options.seed}.png"
-    out = Path(options.out or Path(options.run) / "samples" / default)
+    # An exported file has no folder of its own.
+    out = Path(options.out or (default if Path(options.run).is_file() else Path(options.run, "samples", default)))
     started = time.monotonic()
     if is_latent:
         drawn, where = _latents(weights, options, planned, out)
@@ -113,7 +120,7 @@ def _plan(options: SampleOptions, names: list[str]) -> list[tuple[int, int | Non
     if options.labels is not None:
         return list(enumerate(_label(text, names) for text in options.labels))
     labels = list(range(len(names)))
-    if options.classes:
+    if options.classes is not None:
         labels = list(dict.fromkeys(_label(text, names) for text in options.classes))
     if options.per_class is None:
         return [(slot, labels[slot % len(labels)]) for slot in range(options.num_images)]
@@ -149,6 +156,7 @@ def _draw_part(weights: Weights, options: SampleOptions, part: list[tuple[int, i
 def _grid(weights: Weights, options: SampleOptions, planned: list[tuple[int, int | None]], out: Path) -> int:
     from maskdm_fast.eval.grid import save_grid
 
+    check_file(out)
     # Consecutive slots in one call, which splits them into batches and shows its progress.
     images = [_draw_part(weights, options, planned[part]) for part in _batches(planned, len(planned))]
     save_grid(torch.cat(images), out, columns=options.per_class)
@@ -164,6 +172,7 @@ def _latents(
             f"{options.run} was trained on latents, which are no pictures before their autoencoder has decoded them: "
             f"want --out NAME.npy, not {str(out)!r}"
         )
+    check_file(out)
     latents = torch.cat([_draw_part(weights, options, planned[part]) for part in _batches(planned, len(planned))])
     labels = [label for _, label in planned if label is not None]
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -112,7 +112,7 @@ def export(
 
     Args:
         path: as in `load_weights`.
-        out: the file to make; it appears under this name only when it is complete.
+        out: the file to make, and its folders; it appears under this name only when it is complete.
         which: the moving average, or the trained weights themselves.
         dtype: of the tensors in the file.
 
@@ -124,6 +124,7 @@ def export(
     """
     checkpoint, out = _find(path, which), Path(out)
     kept = {name: checkpoint.state[name] for name in _KEPT if name in checkpoint.state}
+    out.parent.mkdir(parents=True, exist_ok=True)
     _write(out, checkpoint.reader, _GROUPS[which], kept, which, dtype)
     return checkpoint
 

@@ -7,8 +7,9 @@ import torch
 from PIL import Image
 
 from maskdm_fast.commands import evaluation
+from maskdm_fast.commands.image_sets import Side
 from maskdm_fast.data import find_source, open_dataset, pack
-from maskdm_fast.eval import compare
+from maskdm_fast.eval import compare, load_features
 
 STEPS = ("--steps", 2)
 
@@ -146,19 +147,61 @@ def test_torch_generators_are_left_alone(folders, run):
     ("arguments", "message"),
     [
         (("a",), "--data must say which real images"),
-        (("nowhere", "--data", "b"), "no folder 'nowhere'"),
+        (("nowhere", "--data", "b"), "there is no run, folder or file 'nowhere'"),
+        (("nowhere",), "there is no run, folder or file 'nowhere'"),
+        (("a", "--data", "nowhere"), "there is no run, folder or file 'nowhere'"),
+        (("RUN", "--out", "a"), "a is a folder: want the name of a file"),
+        (("RUN", "--out", "a.store/scores.json"), "a.store is a file"),
+        (("RUN", "--features", "nope.pt"), "no file 'nope.pt'"),
         (("a", "--data", "b", "--num-images", 1), "--num-images is 1, want at least 2"),
         (("a", "--data", "b", "--num-reference", 3), "--num-reference is 3, want at least 4"),
         (("RUN", "--image-size", 16), "--image-size is 16, but RUN has images of 8 px in 3 channels"),
         (("RUN", "GREY"), "RUN has images of 8 px in 3 channels, GREY of 8 px in grey: score them apart"),
     ],
 )
-def test_errors(folders, conditional_run, grey_run, run, capsys, arguments, message):
+def test_errors(folders, conditional_run, grey_run, run, capsys, monkeypatch, arguments, message):
+    """Each is known before an image is read or drawn."""
+    monkeypatch.setattr(Side, "open", lambda *_, **__: pytest.fail("read"))
+    monkeypatch.setattr(evaluation, "drawn", lambda *_, **__: pytest.fail("drawn"))
+    if "nope.pt" in arguments:
+        monkeypatch.setattr(evaluation, "load_features", load_features)
+    (folders / "a.store").write_bytes(b"")
+    before = sorted(folders.rglob("*"))
     names = {"RUN": str(conditional_run), "GREY": str(grey_run)}
     assert run("evaluate", *(names.get(argument, argument) for argument in arguments)) == 2
     for short, name in names.items():
         message = message.replace(short, name)
     assert message in capsys.readouterr().err
+    assert sorted(folders.rglob("*")) == before
+
+
+def test_a_failed_evaluation_makes_no_folders(folders, run, monkeypatch):
+    monkeypatch.setattr(evaluation, "set_table", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run("evaluate", "a", "--data", "b", "--out", "misspelt/scores.json")
+    assert not (folders / "misspelt").exists()
+
+
+def test_what_a_run_left_out_is_left_out(folders, run, capsys):
+    (folders / "a" / "ants" / "bad.png").write_bytes(b"no image")
+    options = ("--image-size", 8, "--patch-size", 2, "--num-images", 16, "--preview-images", 0, "--out", "run")
+    assert run("train", "smoke-pretrain", "--data", "a", "--skip-bad", *options) == 0
+    assert run("evaluate", "run", "--num-images", 8, *STEPS) == 0
+    assert _record("run/evaluation.json")["reference"]["num_images"] == 22
+    capsys.readouterr()
+    assert run("evaluate", "dark", "--data", "a") == 2
+    assert "1 of 23 images of 'a' cannot be read" in capsys.readouterr().err
+    shutil.rmtree(folders / "a")
+    assert run("evaluate", "run") == 2
+    assert "there is no run, folder or file 'a', which the run was trained on: --data" in capsys.readouterr().err
+
+
+def test_an_exported_file_takes_the_place_of_its_run(grey_run, real, folders, run):
+    assert run("export", grey_run, "net.safetensors") == 0
+    assert run("evaluate", "net.safetensors", *STEPS, "--num-images", 8) == 0
+    assert _record("evaluation.json")["sets"][0]["checkpoint"] == "net.safetensors"
+    assert run("sample", "net.safetensors", *STEPS, "--num-images", 1) == 0
+    assert (folders / "grid-0.png").exists()
 
 
 def test_runs_of_different_data_want_a_reference(conditional_run, folders, run, capsys):

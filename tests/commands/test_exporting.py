@@ -117,7 +117,8 @@ def test_a_failed_export_leaves_what_is_there(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere", "x.safetensors"], "no such run or checkpoint folder"),
+        (["nowhere", "new/x.safetensors"], "no such run or checkpoint folder"),
+        (["nowhere", "folder.safetensors"], "folder.safetensors is a folder: want the name of a file"),
         ([".", "x.pt"], "'x.pt' is no name for the file: want one like x.safetensors"),
         (["other.txt", "x.safetensors"], "was not written by maskdm-fast export"),
     ],
@@ -125,5 +126,7 @@ def test_a_failed_export_leaves_what_is_there(run, tmp_path, monkeypatch):
 def test_errors(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("other.txt").write_text("not weights")
+    Path("folder.safetensors").mkdir()
     assert main(["export", *arguments]) == 2
     assert message in capsys.readouterr().err
+    assert not Path("new").exists()

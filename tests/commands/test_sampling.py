@@ -134,6 +134,13 @@ def test_a_drawing_that_fails_leaves_no_folder(grey_run, tmp_path, run, capsys, 
     assert not (tmp_path / "drawn").exists()
 
 
+def test_a_folder_is_no_file(grey_run, tmp_path, run, capsys, monkeypatch):
+    (tmp_path / "grid.png").mkdir()
+    monkeypatch.setattr("maskdm_fast.commands.sampling.draw", lambda *_, **__: pytest.fail("drawn"))
+    assert run("sample", grey_run, *STEPS, "--out", "grid.png") == 2
+    assert "grid.png is a folder: want the name of a file" in capsys.readouterr().err
+
+
 def test_a_file_is_no_folder(grey_run, tmp_path, run, capsys):
     (tmp_path / "photos.store").write_bytes(b"")
     assert run("sample", grey_run, *STEPS, "--out", "photos.store") == 2
@@ -194,6 +201,8 @@ def test_a_grey_run_without_classes_draws_grey_files_side_by_side(grey_run, tmp_
         (("--classes", "bee"), "no class 'bee'; the nearest is 'bees', and numbers go from 0 to 2"),
         (("--labels", "0", "3"), "no class '3'"),
         (("--labels", "0", "--per-class", 2), "leave out --per-class and --classes"),
+        (("--labels",), "--labels names no class"),
+        (("--classes",), "--classes names no class"),
         (("--batch-size", 0), "--batch-size is 0, want at least 1"),
         (("--steps", 0), "--steps is 0, want at least 1"),
         (("--guidance", -2), "--guidance is -2.0, want at least 0"),
