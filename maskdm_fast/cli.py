@@ -160,8 +160,9 @@ def _train_usage() -> str:
     from maskdm_fast.train.presets import FAMILIES, PRESETS
 
     names = {function: name for name, function in PRESETS.items()}
+    width = max(map(len, PRESETS)) + 2
     rows = "\n".join(
-        f"  {family}\n" + "\n".join(f"    {names[function]:<26}{function.__doc__}" for function in functions)
+        f"  {family}\n" + "\n".join(f"    {names[function]:<{width}}{function.__doc__}" for function in functions)
         for family, functions in FAMILIES.items()
     )
     return f"""\
@@ -292,17 +293,21 @@ def _parse(kind: type[T], arguments: list[str], program: str) -> T:
     settings = {"prog": program, "config": (tyro.conf.AvoidSubcommands,), "registry": _registry(tyro)}
     options, unknown = tyro.cli(kind, args=arguments, return_unknown_args=True, **settings)
     if unknown:
-        raise UsageError(
-            f"{program}: unknown option '{unknown[0]}'; the nearest is '{_nearest(unknown[0], _flags(kind))}' "
-            f"(see {program} --help)"
-        )
+        what = f"'{unknown[0]}' is one argument too many"
+        if unknown[0].startswith("-"):
+            what = f"unknown option '{unknown[0]}'; the nearest is '{_nearest(unknown[0], _flags(kind))}'"
+        raise UsageError(f"{program}: {what} (see {program} --help)")
     return options
 
 
 def _flags(kind: type, prefix: str = "", *, omit: bool = False) -> Iterator[str]:
-    """The options that tyro makes of a dataclass; `omit` leaves the names of its parts out."""
+    """The options that tyro makes of a dataclass, those without a place; `omit` leaves the names of its parts out."""
+    from maskdm_fast.train.extras import require
+
     for name, hint in get_type_hints(kind, include_extras=True).items():
-        inner = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+        inner, *more = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        if require("tyro").conf.Positional in more:
+            continue
         if not dataclasses.is_dataclass(inner):
             yield f"--{prefix}{name.replace('_', '-')}"
         elif omit or inner is not hint:

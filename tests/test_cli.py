@@ -13,6 +13,7 @@ from PIL import Image
 from maskdm_fast import cli, commands
 from maskdm_fast.eval.features import FeatureNetwork
 from maskdm_fast.ops import backend
+from maskdm_fast.train import PRESETS
 
 
 @pytest.fixture(autouse=True)
@@ -161,8 +162,9 @@ def test_bench_runs_the_benchmarks_of_a_checkout(monkeypatch, capsys, tmp_path):
 def test_train_help_lists_the_presets(capsys):
     assert run("train", "--help") == 0
     text = capsys.readouterr().out
-    for preset in ("emoji32-pretrain", "emoji32-scratch", "small64", "smoke"):
-        assert preset in text
+    rows = [line.split() for line in text.splitlines()]
+    for name, preset in PRESETS.items():
+        assert [name, *preset.__doc__.split()] in rows
 
 
 @pytest.mark.parametrize("command", ["demo", "sample", "evaluate", "bench", "info"])
@@ -200,6 +202,9 @@ def test_help_of_a_preset_shows_options_and_defaults(preset, words, capsys):
         (["train", "smoke", "--lr", "3"], "unknown option '--lr'; the nearest is '--pretrain.lr'"),
         (["train", "smoke", "--preview", "3"], "unknown option '--preview'; the nearest is '--preview-images'"),
         (["sample", "here", "--step", "3"], "unknown option '--step'; the nearest is '--steps'"),
+        (["sample", "here", "there"], "sample: 'there' is one argument too many (see maskdm-fast sample --help)"),
+        (["sample", "here", "--runs", "there"], "unknown option '--runs'; the nearest is '--out'"),
+        (["train", "smoke", "there"], "'there' is one argument too many"),
         (["train", "smoke", "--hardware", "h100"], "--hardware goes with --dry-run"),
         (["bench", "--preset", "smoke"], "--preset goes with --estimate"),
         (["bench", "--estimate", "--preset", "smok"], "--preset is 'smok', want one of emoji32"),
