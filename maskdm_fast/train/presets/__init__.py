@@ -26,6 +26,9 @@ FAMILIES: dict[str, tuple[Preset, ...]] = {
         distilled.emoji32_distill_sida,
         distilled.emoji32_distill_dmd2,
         distilled.emoji32_distill_progressive,
+        distilled.emoji32_distill_round,
+        distilled.emoji32_distill_guided,
+        distilled.emoji32_distill_consistency,
         distilled.emoji32_distill_dxmi,
     ),
     "photos at 64 and 128 px, as MaskDM on CelebA (give --data FOLDER)": (

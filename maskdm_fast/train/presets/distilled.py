@@ -6,6 +6,7 @@ from maskdm_fast.train.config import (
     OutputConfig,
     PolicyDistillationConfig,
     Recipe,
+    RegressionConfig,
     RunConfig,
     ScoreDistillationConfig,
 )
@@ -28,7 +29,19 @@ _SID = ScoreDistillationConfig(
 )
 
 
-def _student(stage: ScoreDistillationConfig | PolicyDistillationConfig) -> RunConfig:
+_REGRESSION = {
+    "num_images": 4_000,
+    "batch_size": 32,
+    "lr": 2e-4,
+    "warmup_images": 320,
+    "betas": (0.9, 0.99),
+    "clip": 1.0,
+    "even_levels": True,
+    "ema_half_life_images": 500,
+}
+
+
+def _student(stage: ScoreDistillationConfig | RegressionConfig | PolicyDistillationConfig) -> RunConfig:
     teacher = emoji32()
     return RunConfig(model=teacher.model, diffusion=teacher.diffusion, output=_OUTPUT, stage=stage)
 
@@ -50,21 +63,26 @@ def emoji32_distill_dmd2() -> RunConfig:
 
 def emoji32_distill_progressive() -> Recipe:
     """Students of 16, 8, 4, 2 and 1 steps, each taught by the one before, the first by emoji32 (progressive)."""
-    stages = progressive_stages(
-        32,
-        1,
-        teacher="../emoji32",
-        num_images=4_000,
-        batch_size=32,
-        lr=2e-4,
-        warmup_images=320,
-        betas=(0.9, 0.99),
-        clip=1.0,
-        even_levels=True,
-        ema_half_life_images=500,
-    )
+    stages = progressive_stages(32, 1, teacher="../emoji32", **_REGRESSION)
     teacher = emoji32()
     return Recipe(model=teacher.model, diffusion=teacher.diffusion, output=_OUTPUT, stages=stages)
+
+
+def emoji32_distill_round() -> RunConfig:
+    """One round of it: 16 steps for 32 of emoji32, or --num-steps N for 2 N of --teacher (progressive)."""
+    return _student(RegressionConfig(method="progressive", num_steps=16, **_REGRESSION))
+
+
+def emoji32_distill_guided() -> RunConfig:
+    """A student that is told how strongly to follow its category, from the run emoji32-classes beside it (guided)."""
+    stage = RegressionConfig(method="guided", teacher="emoji32-classes", strengths=(0.0, 4.0), **_REGRESSION)
+    return replace(_student(stage), class_conditional=True)
+
+
+def emoji32_distill_consistency() -> RunConfig:
+    """A student that goes from any noise level to the image, in one step or more (consistency)."""
+    stage = RegressionConfig(method="consistency", images_per_stage=2_000, **_REGRESSION)
+    return _student(replace(stage, num_images=16_000, lr=1e-4, clip=None, ema_half_life_images=1_000))
 
 
 def emoji32_distill_dxmi() -> RunConfig:
