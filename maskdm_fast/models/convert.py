@@ -109,11 +109,19 @@ def load_official(
     except OSError:
         raise
     except Exception as error:  # bytes that are no pickle, or a damaged one, can fail anywhere inside the reader
-        raise ValueError(f"{path} is no checkpoint that torch.load(weights_only=True) reads: {error}") from error
+        raise ValueError(
+            f"{path} is no checkpoint that torch.load(weights_only=True) reads ({_reason(error)})"
+        ) from error
     try:
         return convert_official(data, which, num_heads=num_heads, num_classes=num_classes)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Why torch.load refuses a file, without the advice to run the code in it."""
+    text = str(error).rpartition("WeightsUnpickler error:")[2].strip() or type(error).__name__
+    return text.splitlines()[0].split(". ")[0]
 
 
 def convert_official(
