@@ -39,7 +39,10 @@ class SamplerOptions:
     def check_student(self, stage: str, num_steps: int) -> None:
         """Raise ValueError if anything is asked for that a student of so many steps cannot do."""
         if self.num_steps not in (None, num_steps):
-            raise ValueError(f"the run is a {stage} of {num_steps} steps, but {self.num_steps} were asked for")
+            raise ValueError(
+                f"the run is a {stage} of {num_steps} step{'s' if num_steps > 1 else ''}, but {self.num_steps} were "
+                "asked for"
+            )
         if self != SamplerOptions(self.num_steps, value_guidance=self.value_guidance):
             raise ValueError(f"the run is a {stage}, which has its own sampler: leave out sampler, eta and guidance")
 
@@ -141,12 +144,13 @@ def _in_steps(denoiser: Denoiser, config: RunConfig, options: SamplerOptions, **
         eta=options.eta,
         guidance=options.guidance,
         guidance_interval=options.guidance_interval,
-        bound=_bound(config),
+        bound=data_bound(config),
         **drawn,
     )
 
 
-def _bound(config: RunConfig) -> float:
+def data_bound(config: RunConfig) -> float:
+    """The greatest absolute value of the data, to which samplers clip: 1 for images."""
     return 1.0 if config.latent_bound is None else config.latent_bound
 
 
@@ -167,7 +171,7 @@ def _regressed(
         transitions = distill.progressive_transitions(denoiser.schedule, stage.num_steps)
     else:
         transitions = distill.consistency_transitions(denoiser.schedule, stage.sampling_levels)
-    return sample(denoiser, transitions=transitions, bound=_bound(config), **drawn)
+    return sample(denoiser, transitions=transitions, bound=data_bound(config), **drawn)
 
 
 def _generate(

@@ -107,6 +107,8 @@ def test_latents_of_a_student_have_the_scale_of_the_autoencoder():
     tensors = UViT(model, seed=3).state_dict()
     latents = generate(scaled, tensors, 3, seed=7, device=CPU)
     assert latents.shape == (3, 4, 8, 8) and latents.dtype == torch.float16
+    with pytest.raises(ValueError, match="the run is a generator of 1 step, but 4 were asked for"):
+        generate(scaled, tensors, 1, num_steps=4, device=CPU)
     pixels = generate(config, tensors, 3, seed=7, device=CPU).permute(
         0, 3, 1, 2
     )  # the same, rounded and cut to [-1, 1]
