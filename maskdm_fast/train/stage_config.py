@@ -157,8 +157,9 @@ class DenoisingConfig(StageConfig):
                 "pretrain with final_conv=False, and switch it on for the unmasked stage, which adds it as the identity"
             )
         super().validate(model, has_classes=has_classes)
-        for name in ("label_drop", "unmasked_share"):
-            check(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "a number from 0 to 1")
+        check("unmasked_share", self.unmasked_share, 0 <= self.unmasked_share <= 1, "a number from 0 to 1")
+        # Of 1 no class would be trained.
+        check("label_drop", self.label_drop, 0 <= self.label_drop < 1, "a number from 0 to 1, and less than 1")
         if self.unmasked_share and self.mask == NoMask():
             raise ValueError(f"unmasked_share is {self.unmasked_share}, but all images are whole; set a mask")
         if self.label_drop and not has_classes:

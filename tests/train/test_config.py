@@ -128,6 +128,7 @@ def test_bad_mask_text_says_what_is_wanted(text):
         ({"betas": (0.9, 1.0)}, "betas is"),
         ({"hflip": 1.5}, "hflip is 1.5"),
         ({"label_drop": 0.1}, "the model has no classes"),
+        ({"label_drop": 1.0}, "label_drop is 1.0, want a number from 0 to 1, and less than 1"),
         ({"mask": BlockMask(0.5, 3)}, "does not divide the grid"),
         ({"mask": CropMask(9)}, "does not fit"),
         ({"ema_half_life_images": 0}, "ema_half_life_images is 0"),
