@@ -59,7 +59,9 @@ class RegressionConfig(DistillationConfig):
     snr-plus-one, that of v; edm; or consistency's gap, 1 over the distance of the two levels. None: gap for
     consistency, truncated-snr for the others, as published."""
     clip: float | None = None
-    """Clip the teacher's estimates to this absolute value, 1 for images. None: do not."""
+    """Clip the teacher's estimates to this absolute value, 1 for images. None: do not, unless a student of another
+    prediction learns from a teacher of eps, whose estimates have no bound where alpha is nearly 0: then as samplers do,
+    images to 1 and latents to --latent-bound. inf: never."""
     level_draw: Literal["uniform", "lognormal"] | None = None
     """guided, consistency: how noise levels are drawn, as times in training or normally in ln(sigma/alpha). None:
     uniform for guided, lognormal for consistency."""
@@ -119,6 +121,20 @@ class RegressionConfig(DistillationConfig):
     def student_prediction(self, of_teacher: str) -> str:
         """See `DistillationConfig`."""
         return of_teacher if self.predicts is None else self.predicts
+
+    def clip_at(self, of_teacher: str, bound: float) -> float | None:
+        """Where the estimates of a teacher with this kind of prediction are clipped.
+
+        An error of eps is one of x0 times ``sigma / alpha``. A student of eps divides by it, another one would see
+        targets of thousands.
+
+        Args:
+            of_teacher: what it predicts.
+            bound: of the data.
+        """
+        if self.clip is None and of_teacher == "eps" and self.student_prediction(of_teacher) != "eps":
+            return bound
+        return self.clip
 
     def strength_of(self, scale: float) -> float:
         """The weight w that a student is told for a guidance of this scale.

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -22,7 +23,7 @@ from maskdm_fast.train.stages.parts import evaluation_flops
 from maskdm_fast.train.weights import Weights
 from maskdm_fast.train.world import World
 from tests.train import test_waits
-from tests.train.regression_toys import CASES, WORLD, batch_of, counted, make_run, teacher_of, train
+from tests.train.regression_toys import CASES, TOLD, WORLD, batch_of, counted, make_run, teacher_of, train
 
 
 @pytest.fixture
@@ -34,7 +35,8 @@ def method_of(config: RunConfig, told_teacher: bool = False) -> Callable[..., di
     """What the options mean, in words of `maskdm_fast.distill`."""
     stage = config.stage
     shared = {"patch_size": config.model.patch_size, "guidance": Guidance(stage.guidance), "hflip": stage.hflip}
-    shared |= {"strengths": stage.strengths, "told_teacher": told_teacher, "clip": stage.clip}
+    clip = 1.0 if stage.predicts == "v" else stage.clip  # the teacher is of eps there
+    shared |= {"strengths": stage.strengths, "told_teacher": told_teacher, "clip": clip}
     shared |= {} if stage.weight is None else {"weight": stage.weight}
     if stage.method == "progressive":
         strata = stage.batch_size if stage.even_levels else None
@@ -202,6 +204,32 @@ def test_a_step_copies_nothing_between_host_and_device(make, changes, monkeypatc
                 values = stage.step([batch], step)
                 meter.update(values, step + 1)
     assert values["loss"].device == world.device
+
+
+@pytest.mark.parametrize("latent_bound", [None, 4.5])
+def test_targets_of_another_prediction_have_a_bound(make, latent_bound):
+    """Those of a teacher of eps at the noisy end of the cosine schedule, where 1 / alpha is 20,000."""
+    told = {"strengths": TOLD, "method": "guided", "teacher_predicts": "eps"}
+    latents = {} if latent_bound is None else {"latent_scale": 1.0, "latent_bound": latent_bound, "hflip": 0.0}
+    bound = 1.0 if latent_bound is None else latent_bound
+    for options, wanted in (
+        ({"predicts": "v"}, bound),
+        ({"predicts": "x0"}, bound),
+        ({"predicts": "v", "clip": 2.0}, 2.0),
+        ({"predicts": "v", "clip": math.inf}, math.inf),
+        ({"predicts": "eps"}, None),
+        ({}, None),
+        ({"predicts": "x0", "teacher_predicts": "v"}, None),
+    ):
+        config, teacher = make(**{**told, **options}, **latents)
+        stage = build_stage(config, WORLD, None, teacher)
+        method, (_, network) = stage._loss.func, stage._loss.args
+        assert method.clip == wanted
+        xt = torch.linspace(-3, 3, 2 * 16 * 12).view(2, 16, 12)
+        here = distill.regression.Instant.at(network.schedule, torch.full((2,), 999))
+        largest = float(method.estimate(network, xt, here, torch.tensor([0, 1]), torch.ones(2)).abs().max())
+        if network.prediction == "eps":
+            assert largest > 100 if wanted in (None, math.inf) else largest <= wanted
 
 
 class Wrapped(torch.nn.Module):

@@ -1,5 +1,6 @@
 """Distillation by regression: a student learns the targets of a frozen teacher, or of itself."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -13,6 +14,7 @@ from maskdm_fast.distill.networks import drop_labels
 from maskdm_fast.distill.progressive import check_steps, check_student
 from maskdm_fast.train.config import RunConfig
 from maskdm_fast.train.engine import Engine
+from maskdm_fast.train.generation import data_bound
 from maskdm_fast.train.metrics import Values
 from maskdm_fast.train.pieces import Pieces, Reader
 from maskdm_fast.train.regression_config import is_told
@@ -66,6 +68,8 @@ class RegressionStage:
             Denoiser(module, schedule, config.diffusion.prediction) for module in (engine.model, network)
         )
         method = config.stage.make(config.model, told_teacher=told_teacher)
+        if teacher is not None:
+            method = dataclasses.replace(method, clip=config.stage.clip_at(teacher.prediction, data_bound(config)))
         if isinstance(method, ConsistencyDistillation):
             # Its targets are asked of the module: an engine would prepare for gradients that never come.
             method = functools.partial(method, average=itself)
