@@ -61,7 +61,7 @@ class RegressionConfig(DistillationConfig):
     clip: float | None = None
     """Clip the teacher's estimates to this absolute value, 1 for images. None: do not, unless a student of another
     prediction learns from a teacher of eps, whose estimates have no bound where alpha is nearly 0: then as samplers do,
-    images to 1 and latents to --latent-bound. inf: never."""
+    images to 1 and latents to --latent-bound."""
     level_draw: Literal["uniform", "lognormal"] | None = None
     """guided, consistency: how noise levels are drawn, as times in training or normally in ln(sigma/alpha). None:
     uniform for guided, lognormal for consistency."""
