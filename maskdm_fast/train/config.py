@@ -208,8 +208,8 @@ class RunConfig(SharedConfig):
             self.latents.check()
             for part, name in ((self.stage, "hflip"), (self.output, "preview_images"), (self.output, "score_images")):
                 value = getattr(part, name)
-                known_by = f"latent_scale is {self.latent_scale}, so the data set holds latents; {name}"
-                check(known_by, value, not value, _NO_LATENTS[name])
+                wish = f"latent_scale is {self.latent_scale}, which only latents have; {name}"
+                check(wish, value, not value, _NO_LATENTS[name])
         self.diffusion.validate(self.model)
         self.stage.validate(self.model, has_classes=self.class_conditional or self.model.num_classes > 0)
         self.output.validate()

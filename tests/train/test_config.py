@@ -266,7 +266,7 @@ def test_run_validation():
         ({"latent_scale": 2.0, "latent_bound": 0.0}, "latent_bound is 0.0"),
         (
             {"latent_scale": 2.0, "output": OutputConfig(preview_images=4)},
-            "latent_scale is 2.0, so the data set holds latents; preview_images is 4, want 0: pictures of latents",
+            "latent_scale is 2.0, which only latents have; preview_images is 4, want 0: pictures of latents",
         ),
     ],
 )
