@@ -137,6 +137,24 @@ def test_the_end_of_the_path_is_left_by_the_error_of_the_solver_alone(name, solv
         assert before / after == pytest.approx(2**order, rel=0.08)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_of_heun_is_the_published_one(name):
+    """In ``y = xt / alpha`` and the levels n: ``y + (r - n) (d + d') / 2`` with slopes ``d = (y - x0) / n``."""
+    schedule = make_schedule(name)
+    teacher = exact_denoiser(name, "x0", schedule)
+    here, there = (levels(schedule, *values) for values in ((0.3, 1.0, 4.0), (0.1, 0.7, 1.0)))
+    xt = draw_images(3).view(3, 4, 4)
+    alpha, n, alpha_r, r = (scale[:, None, None] for scale in (here.alpha, here.noise, there.alpha, there.noise))
+    y = xt / alpha
+    slope = (y - teacher(xt, here.t)) / n
+    first = y + (r - n) * slope
+    second = (first - teacher(alpha_r * first, there.t)) / r
+    want = alpha_r * (y + (r - n) * 0.5 * (slope + second))
+    found = dataclasses.replace(METHOD, solver="heun").teacher_step(teacher, xt, here, there)
+    torch.testing.assert_close(found, want, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(METHOD.teacher_step(teacher, xt, here, there), alpha_r * first, rtol=1e-6, atol=1e-6)
+
+
 def test_the_optimum_comes_near_to_the_end_of_the_path():
     schedule = make_schedule("edm")
     level = torch.tensor([0.1, 0.5, 2.0, 20.0], dtype=torch.float64)[:, None, None]

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from maskdm_fast import random
-from maskdm_fast.diffusion import patchify
-from maskdm_fast.distill import DMD2, Critic, CriticHead
+from maskdm_fast.diffusion import Guidance, patchify
+from maskdm_fast.distill import DMD2, Critic, CriticHead, GuidanceScales
 from maskdm_fast.distill.critic import logits
 from maskdm_fast.random import Stream
 from tests.distill.score_toys import CONFIG, LABELS, SLOTS, gradients, uvit_networks
@@ -73,6 +73,18 @@ def test_the_fake_loss_is_that_of_the_formula():
     torch.testing.assert_close(result["denoising_loss"], denoising.detach(), rtol=1e-5, atol=0)
     torch.testing.assert_close(result["critic_loss"], critic.detach())
     torch.testing.assert_close(*(gradients(n.fake.model) for n in (networks, other)), rtol=1e-5, atol=1e-5)
+
+
+def test_each_network_is_guided_by_its_own_scale():
+    scales = GuidanceScales(teacher=3.0, fake=1.5)
+    method, networks, labels = DMD2(weighting="none", guidance=scales), make_networks(), LABELS.clamp(min=0)
+    result = method.generator_loss(networks, labels, **DRAW)
+    x_g, t = networks.generator(labels, **DRAW), result["t"]
+    xt, _, _ = noisy(networks, x_g, t)
+    teacher, fake = networks.teacher(xt, t, labels, Guidance(3.0)), networks.fake(xt, t, labels, Guidance(1.5))
+    torch.testing.assert_close(result["distance_per_image"], (teacher - fake).square().mean((1, 2)).detach())
+    value = ((teacher - fake) * (teacher - x_g)).mean()
+    torch.testing.assert_close(result["matching_loss"], value.detach())
 
 
 def test_without_a_discriminator_it_needs_neither_images_nor_a_head():

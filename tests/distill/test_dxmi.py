@@ -51,6 +51,7 @@ def test_order_of_the_updates():
     [
         (10, [0.0113, 0.0294, 0.0718, 0.1497, 0.2311, 0.2311, 0.1497, 0.0718, 0.0294, 0.0113]),
         (4, [0.1497, 0.2311, 0.2311, 0.1497]),
+        (5, [0.1497, 0.2311, 0.2311, 0.1497, 0.0718]),  # of an odd number the centre is rounded down
     ],
 )
 def test_sigmoid_time_cost(num_steps, want):

@@ -97,6 +97,20 @@ def test_image_values(make):
     assert x.grad.abs().sum() > 0
 
 
+def test_resnet_adds_up_what_is_positive():
+    value, x = ResNetValue(16, 4, width=4), tokens(3, 16, 48)
+    seen = []
+    value.blocks[-1].register_forward_hook(lambda module, inputs, out: seen.append(out))
+    with torch.no_grad():
+        value.scale.fill_(2.0)
+        value.shift.fill_(0.5)
+        out = value(x, torch.zeros(3, dtype=torch.int64))
+    (last,) = seen
+    assert last.shape == (3, 8, 2, 2) and (last < 0).any()  # its rectifier leaks
+    features = 4.0 * last.clamp(min=0).sum((2, 3))
+    torch.testing.assert_close(out, 2.0 * value.head(features)[:, 0].detach() + 0.5)
+
+
 def test_resnet_features_do_not_grow_with_the_image():
     small, large = ResNetValue(64, 4, width=4), ResNetValue(128, 4, width=4)
     large.load_state_dict(small.state_dict())
@@ -185,6 +199,26 @@ def test_starts_lie_on_the_sphere_and_near_the_data():
     assert (starts - still).abs().amax(1).min() > 0
     part = latent_starts(energy, data[3:], seed=0, step=2, slots=torch.arange(3, 8))
     torch.testing.assert_close(part, starts[3:])
+
+
+def test_starts_are_moved_in_the_latent_space():
+    """By normal noise, whose standard deviation is uniform from 0 to `max_std`."""
+    energy, data = AutoencoderEnergy(6, latent=3, hidden=16), unit_vectors(8, 0, spread=0.1)
+    options = {"seed": 0, "step": 2, "slots": torch.arange(8)}
+    noise = random.normal(3, stream=Stream.LATENT_NOISE, **options)
+    share = random.uniform(1, stream=Stream.LATENT_LEVEL, **options)
+    for more, max_std in (({}, 0.3), ({"max_std": 2.0}, 2.0)):
+        latent = torch.nn.functional.normalize(energy.encode(data) + max_std * share * noise, dim=1)
+        torch.testing.assert_close(latent_starts(energy, data, **more, **options), energy.decode(latent).detach())
+
+
+def test_the_energy_of_an_autoencoder_is_its_error_times_the_square_of_its_scale():
+    energy, data = AutoencoderEnergy(6, latent=3, hidden=16), unit_vectors(8, 0, spread=0.1)
+    error = (data - energy.decode(energy.encode(data))).square().mean(1)
+    with torch.no_grad():
+        energy.scale.fill_(-3.0)
+    torch.testing.assert_close(energy(data), 9.0 * error)
+    assert (energy.encode(data).norm(dim=1) - 1).abs().max() < 1e-6
 
 
 def test_scores_of_images_and_pixels():
