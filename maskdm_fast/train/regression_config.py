@@ -238,7 +238,7 @@ class RegressionConfig(DistillationConfig):
         elif self.method == "guided":
             if self.strengths is None and self.guidance == 1.0 and self.predicts is None:
                 raise ValueError("method guided has nothing to learn: set strengths, guidance or predicts")
-            check("label_drop", self.label_drop, 0 <= self.label_drop <= 1, "a number from 0 to 1")
+            check("label_drop", self.label_drop, 0 <= self.label_drop < 1, "a number from 0 to 1, and less than 1")
             if self.label_drop and self.strengths is not None:
                 raise ValueError("label_drop is for a student without strengths; leave out one of them")
         check("images_per_stage", self.images_per_stage, self.images_per_stage >= 1, "1 or more")

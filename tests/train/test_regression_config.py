@@ -87,7 +87,7 @@ WRONG = {
     "no steps": ({"method": "progressive"}, "num_steps is None, want the steps of the student, 1 or more"),
     "steps": ({"method": "progressive", "num_steps": 0}, "num_steps is 0"),
     "nothing": ({"method": "guided"}, "nothing to learn: set strengths, guidance or predicts"),
-    "drop": ({"method": "guided", "guidance": 2.0, "label_drop": 2.0}, "label_drop is 2.0, want a number from 0 to 1"),
+    "drop": ({"method": "guided", "guidance": 2.0, "label_drop": 1.0}, "label_drop is 1.0, want a number from 0 to 1"),
     "drop of the told": (
         {"method": "guided", "strengths": (0.0, 1.0), "label_drop": 0.1},
         "label_drop is for a student without strengths",
