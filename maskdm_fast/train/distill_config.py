@@ -180,6 +180,10 @@ class ScoreDistillationConfig(DistillationConfig):
             check(
                 "fake_betas", self.fake_betas, all(0 <= beta < 1 for beta in self.fake_betas), "two numbers in [0, 1)"
             )
+        if self.hflip and not self.needs_images:
+            raise ValueError(
+                f"hflip is {self.hflip}, but method {self.method} has no discriminator and sees no images; leave it out"
+            )
         if self.guidance != "none" and not has_classes:
             raise ValueError(f"guidance is {self.guidance}, but the model has no classes; add --class-conditional")
 

@@ -337,6 +337,9 @@ def test_a_fake_update_alone_costs_less(make):
 def test_what_cannot_be_built(make):
     with pytest.raises(ValueError, match=r"cuda_graph .*not distillation; leave out --cuda-graph"):
         build(make(cuda_graph=True))
+    for options in ({}, {"method": "dmd2", "adversarial": 0.0, "fake_adversarial": 0.0}):
+        with pytest.raises(ValueError, match=r"hflip is 0\.5, but method (sid|dmd2) has no discriminator and"):
+            build(make(hflip=0.5, **options))
     config = make()
     with pytest.raises(ValueError, match="a distillation needs a teacher"):
         build_stage(config, WORLD, None, None)
