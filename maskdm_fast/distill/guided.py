@@ -107,7 +107,7 @@ class GuidedDistillation(Regression):
 
     Without `strengths` the target is the estimate of the teacher as it is, or guided by a fixed `guidance`. So a
     student of another prediction is made, for example one of v from a teacher of eps, as `ProgressiveDistillation`
-    needs it.
+    needs it. Such targets want a `clip` at the bound of the data: an x0 from eps has none where alpha is nearly 0.
 
     Args:
         timesteps: how t is drawn. Levels below the least noise of the schedule count as that one, for the weights have

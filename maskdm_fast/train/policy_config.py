@@ -90,8 +90,8 @@ class PolicyDistillationConfig(DistillationConfig):
     value_lr: float = 1e-5
     """Learning rate of the value."""
     value_max_grad_norm: float | None = None
-    """Scale the value's gradient down to this norm, in all its updates (published: 0.1 at 64 px and more); None:
-    never."""
+    """Scale the value's gradient down to this norm, as the value and as the energy; None: never. Published at 64 px and
+    more: 0.1, but not in the update as the energy."""
     value_precision: Literal["fp32", "run"] = "fp32"
     """Of the value's network: float32, for its differences are small, or the precision of the run. Its losses are
     float32 always."""

@@ -2,15 +2,17 @@
 
 What the student starts from and is sampled with is the teacher; the numbers here are those of the papers' codes for
 their convolutional networks, so begin with a tenth of the images and with `maskdm-fast evaluate`. Apart from them:
-bfloat16 instead of float16; mirroring, but no other augmentation, and no dropout; Adam instead of RAdam for DxMI from
-64 px on; a moving average that remembers a growing share of the run from its start. The model is only what --dry-run
-counts before there is a teacher.
+bfloat16 where they have float16, which is all but CIFAR-10 (float32) and DMD2 (bfloat16); mirroring, but no other
+augmentation, and no dropout; for DxMI from 64 px on Adam instead of RAdam, and gradients of the energy that are clipped
+like those of the value; a moving average that remembers a growing share of the run from its start, for DMD2 and DxMI as
+well, which have none. The model is only what --dry-run counts before there is a teacher.
 
 Sources: SiD: github.com/mingyuanzhou/SiD, run_sid.sh; SiDA: its branch sida; DMD2: github.com/tianweiy/DMD2, ImageNet;
 DxMI: github.com/swyoon/Diffusion-by-MaxEntIRL, whose CIFAR-10 in four steps starts from another kind of generator.
 """
 
 from dataclasses import replace
+from typing import Literal
 
 from maskdm_fast.models import CONFIGS
 from maskdm_fast.train.config import (
@@ -32,8 +34,10 @@ _FOUR_STEPS = {
 }
 
 
-def _run(model: str, stage: ScoreDistillationConfig | PolicyDistillationConfig) -> RunConfig:
-    return RunConfig(model=CONFIGS[model], precision="bf16", data=NO_DATA, output=_OUTPUT, stage=stage)
+def _run(
+    model: str, stage: ScoreDistillationConfig | PolicyDistillationConfig, precision: Literal["fp32", "bf16"] = "bf16"
+) -> RunConfig:
+    return RunConfig(model=CONFIGS[model], precision=precision, data=NO_DATA, output=_OUTPUT, stage=stage)
 
 
 def _sida(run: RunConfig, num_images: int) -> RunConfig:
@@ -44,7 +48,7 @@ def _sida(run: RunConfig, num_images: int) -> RunConfig:
 def cifar10_sid() -> RunConfig:
     """SiD on CIFAR-10: FID 1.92 with one step."""
     stage = ScoreDistillationConfig(teacher="cifar10", num_images=500_000_000, batch_size=256, lr=1e-5, alpha=1.2)
-    return _run("uvit-small32", stage)
+    return _run("uvit-small32", stage, "fp32")
 
 
 def cifar10_classes_sid() -> RunConfig:
@@ -130,7 +134,7 @@ def imagenet64_dmd2() -> RunConfig:
 def cifar10_dxmi() -> RunConfig:
     """DxMI on CIFAR-10: FID 3.19 in ten steps."""
     stage = PolicyDistillationConfig(teacher="cifar10", num_images=10_000_000, batch_size=128, hflip=0.5)
-    return replace(_run("uvit-small32", stage), data="cifar10")
+    return replace(_run("uvit-small32", stage, "fp32"), data="cifar10")
 
 
 def imagenet64_dxmi() -> RunConfig:
