@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +32,8 @@ from maskdm_fast.train.trackers import require_trackers
 from maskdm_fast.train.trainer import Trainer, TrainResult
 from maskdm_fast.train.weights import Weights, is_stage_name, load_trained, stage_folders
 from maskdm_fast.train.world import World, make_world
+
+_SHOWN = 40
 
 
 def train(
@@ -63,8 +65,9 @@ def train(
     if teacher is not None:
         config = fit_to_teacher(config, teacher, world)
     store = world.on_each_machine(lambda: open_store(config, teacher))
-    _check_same_data(store.header, world)
+    _check_same("the data set", lambda: _told_by(store.header), world)
     if teacher is not None:
+        _check_same("the teacher", lambda: {"sha256": teacher.sha256}, world)
         check_same_classes(teacher, store.class_names, config.data)
     config = fit_to_latents(fit_to_classes(config, store.class_names), store.header)
     settled = _settle_engine(config, world)
@@ -206,18 +209,26 @@ def open_store(config: RunConfig, teacher: Weights | None = None) -> ImageStore:
     return store
 
 
-def _check_same_data(header: StoreHeader, world: World) -> None:
-    """Raise ValueError in every process if one of them has opened another data set than the main one."""
-    names = ("shape", "checksum", "class_names", "latents", "bound")
-    main, *others = world.everywhere(lambda: {name: getattr(header, name) for name in names})
+def _check_same(what: str, mine: Callable[[], dict[str, Any]], world: World) -> None:
+    """Raise ValueError in every process if one of them has read something else than the main one, by what `mine` says
+    of it: machines may have copies of their own."""
+    if world.world_size == 1:
+        return
+    main, *others = world.everywhere(mine)
     for rank, other in enumerate(others, start=1):
-        changed = [name for name in names if other[name] != main[name]]
+        changed = [
+            f"{name} {str(other[name])[:_SHOWN]} instead of {str(value)[:_SHOWN]}"
+            for name, value in main.items()
+            if other[name] != value
+        ]
         if changed:
-            counts = [each["shape"][0] for each in (main, other)]
             raise ValueError(
-                f"the data set of rank {rank} differs from that of rank 0 in {', '.join(changed)} ({counts[1]} and "
-                f"{counts[0]} images). Give all machines the same images, best as one .store copied to each"
+                f"{what} of rank {rank} differs from that of rank 0: {', '.join(changed)}. Give all machines the same"
             )
+
+
+def _told_by(header: StoreHeader) -> dict[str, Any]:
+    return {name: getattr(header, name) for name in ("shape", "checksum", "class_names", "latents", "bound")}
 
 
 def fit_to_classes(config: RunConfig, class_names: Sequence[str]) -> RunConfig:
@@ -266,6 +277,7 @@ def _initial_weights(config: RunConfig, folder: Path, class_names: Sequence[str]
     """The weights that ``init_from`` names, with the classes of the data set."""
     stage = config.stage
     weights = load_trained(stage.init_from, folder, stage.init_weights, config, f"--init-from {stage.init_from}")
+    _check_same(f"--init-from {stage.init_from}", lambda: {"sha256": weights.sha256}, world)
     for name in ("schedule", "prediction"):
         there, here = (getattr(each.diffusion, name) for each in (weights.config, config))
         if there != here and world.is_main:

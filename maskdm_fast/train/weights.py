@@ -1,5 +1,6 @@
 """The weights of a trained network: read from runs, checkpoints or exported files, and exported."""
 
+import hashlib
 import json
 import os
 import re
@@ -56,6 +57,15 @@ class Weights:
         """`class_names` if the checkpoint holds them, else none."""
         names = self.checkpoint.state.get("class_names") or []
         return names if len(names) == self.config.model.num_classes else []
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of names and values of the tensors, hex: tells networks apart, whatever files they came from."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.tensors.items()):
+            digest.update(name.encode())
+            digest.update(tensor.flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     @cached_property
     def value(self) -> Tensors:

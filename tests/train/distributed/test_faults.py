@@ -9,7 +9,9 @@ import signal
 
 import pytest
 
-from maskdm_fast.train import checkpoint
+from maskdm_fast.diffusion.masking import NoMask
+from maskdm_fast.train import checkpoint, train
+from maskdm_fast.train.config import DiffusionConfig
 from maskdm_fast.train.watchdog import STALLED_EXIT_CODE
 from tests.train.distributed.curves import curve, far, far_weights
 
@@ -97,14 +99,29 @@ def test_a_data_set_that_is_not_that_of_the_other_process(make_run, class_folder
     shutil.copytree(class_folder, tmp_path / "copy")
     if change == "an image less":
         next((tmp_path / "copy" / "2").iterdir()).unlink()
-        words = r"shape, checksum \(23 and 24 images\)"
+        words = r"shape \(23, 12, 12, 3\) instead of \(24, 12, 12, 3\), checksum \w{40} instead of \w{40}"
     else:
         (tmp_path / "copy" / "2").rename(tmp_path / "copy" / "3")
-        words = r"class_names \(24 and 24 images\)"
+        words = r"class_names \('0', '1', '3'\) instead of \('0', '1', '2'\)"
     ended = launch([make_run("ddp", data=str(data)) for data in (class_folder, tmp_path / "copy")], tmp_path / "run")
     for one in ended:
-        assert re.match(f"ValueError: the data set of rank 1 differs from that of rank 0 in {words}", one.error)
+        message = rf"ValueError: the data set of rank 1 differs from that of rank 0: {words}\. Give all machines the"
+        assert re.match(message, one.error), one.log
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("option", ["teacher", "init_from"])
+def test_weights_that_are_not_those_of_the_other_process(make_config, make_student, launch, tmp_path, option):
+    names = ("one", "two")
+    for seed, name in enumerate(names):
+        diffusion = DiffusionConfig(prediction="v")
+        train(make_config(seed=seed, num_images=4, mask=NoMask(), diffusion=diffusion), tmp_path / name)
+    make = make_student if option == "teacher" else make_config
+    ended = launch([make(engine="ddp", **{option: str(tmp_path / name)}) for name in names], tmp_path / "run")
+    what = "the teacher" if option == "teacher" else rf"--init-from {tmp_path}/\w+"
+    for one in ended:
+        message = rf"ValueError: {what} of rank 1 differs from that of rank 0: sha256 \w{{40}} instead of \w{{40}}"
+        assert re.match(message, one.error), one.log
 
 
 @pytest.mark.filterwarnings("default::RuntimeWarning")
