@@ -25,7 +25,7 @@ from maskdm_fast.train.weights import Weights, load_weights
 
 TEACHER = "emoji32"
 TEACHER_STEPS = (250, 50, 10, 4, 1)
-STUDENTS = tuple(name for name in PRESETS if name.startswith(f"{TEACHER}-distill-"))
+STUDENTS = tuple(f"{TEACHER}-distill-{method}" for method in ("sid", "sida", "dmd2", "progressive", "dxmi"))
 BATCH_SIZE = 64
 _SHOWN = 24
 

@@ -21,7 +21,7 @@ FAMILIES: dict[str, tuple[Preset, ...]] = {
         emoji.emoji64,
         emoji.emoji64_transfer,
     ),
-    "emoji in few steps, from the run emoji32 beside them": (
+    "emoji in few steps, from the run emoji32 or emoji32-classes beside them": (
         distilled.emoji32_distill_sid,
         distilled.emoji32_distill_sida,
         distilled.emoji32_distill_dmd2,
