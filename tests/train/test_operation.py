@@ -56,7 +56,7 @@ def test_only_the_steps_before_a_log_line_wait(make_config, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("stall_seconds", [0.0, -1.0, float("nan")])
 def test_a_limit_must_be_positive(make_config, stall_seconds):
-    with pytest.raises(ValueError, match=r"stall_seconds is .*, want more than 0"):
+    with pytest.raises(ValueError, match=r"stall_seconds is .*, want (more than 0|a finite number)"):
         make_config(stall_seconds=stall_seconds).validate()
 
 
