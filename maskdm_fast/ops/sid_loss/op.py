@@ -1,5 +1,6 @@
 """sid_loss: the generator's loss of score identity distillation."""
 
+import math
 from typing import Any
 
 import torch
@@ -106,7 +107,8 @@ def sid_loss(
         teacher: the teacher's estimate of x0 at `xt`, of the same shape and dtype.
         fake: the fake score network's, likewise.
         weight: per-image weight ``[B]``, floating point; None: 1.
-        alpha: share of ``|d|^2`` taken off; 0.5 follows the Fisher divergence, 1.2 and 1.0 are the published ones.
+        alpha: share of ``|d|^2`` taken off, finite; 0.5 follows the Fisher divergence, 1.2 and 1.0 are the
+            published ones.
         weighting: ``"l1"``, ``"l1_xt"``, ``"karras"`` or ``"none"``. The first is off by O(1/M): not for a few values
             an image.
         xt: what both networks were given, like `generated`; for ``"l1_xt"``, which alone reads it. A constant.
@@ -121,7 +123,7 @@ def sid_loss(
 
     Raises:
         ValueError, TypeError: wrong shape, value or device, no values in an image, what the weighting needs is missing;
-            wrong dtype, or a tensor for `alpha` or `sigma_data`.
+            wrong type or dtype.
         RuntimeError: the named backend cannot run.
 
     Source: SiD (arXiv 2404.04057) and its official code, https://github.com/mingyuanzhou/SiD; ``"karras"`` is the
@@ -139,6 +141,8 @@ def sid_loss(
     if weighting == "karras" and sigma_t is None:
         raise ValueError(f"{_OP}: weighting 'karras' needs sigma_t")
     alpha, sigma_data = check_number(_OP, "alpha", alpha), check_number(_OP, "sigma_data", sigma_data)
+    if not -math.inf < alpha < math.inf:  # every image would be one that is not finite, and the loss 0
+        raise ValueError(f"{_OP}: alpha is {alpha}, want a finite number")
     if not sigma_data > 0:
         raise ValueError(f"{_OP}: sigma_data is {sigma_data}, want a positive number")
     for name, tensor in (("teacher", teacher), ("fake", fake), ("xt", xt)):
