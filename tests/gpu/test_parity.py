@@ -60,6 +60,18 @@ def test_upstream_gradient_of_any_layout(op, grad_layout, device):
             testing.check_parity(cases, cases.make_inputs(case, torch.float16, device, seed=1), name, grad_layout)
 
 
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded"])
+@pytest.mark.parametrize("op", CASES)
+def test_one_input_of_another_layout(op, layout, device):
+    cases = CASES[op]
+    for name in _backends(op, device):
+        for case in _cases(op, device):
+            made = cases.make_inputs(case, torch.float16, device, seed=3)
+            for argument, inputs in testing.restride_one(made, layout):
+                print(name, case, argument)
+                testing.check_parity(cases, inputs, name)
+
+
 @pytest.mark.parametrize("op", CASES)
 def test_random_shapes(op, device):
     cases = CASES[op]
