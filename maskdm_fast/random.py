@@ -14,6 +14,7 @@ Shapes: B slots, ``num`` elements per slot.
 
 import enum
 import math
+import numbers
 
 import torch
 from torch import Tensor
@@ -50,11 +51,44 @@ class Stream(enum.IntEnum):
     LATENT_LEVEL = 21  # standard deviation of that noise
 
 
-def check_seed(seed: int) -> int:
-    """Return `seed`, or raise ValueError unless ``0 <= seed < 2**63``."""
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed is {seed}, want 0 <= seed < 2**63")
+INTS = (int, torch.SymInt, numbers.Integral)
+"""Of what type an integer may be. A tensor is none: reading it would wait for the device."""
+
+
+def _refusal(name: str, value: int, num_bits: int, op: str | None) -> Exception:
+    label = name if op is None else f"{op}: {name}"
+    if not isinstance(value, INTS):
+        return TypeError(f"{label} is of type {type(value).__name__}, want an int")
+    return ValueError(f"{label} is {value}, want 0 <= {name} < 2**{num_bits}")
+
+
+def check_seed(seed: int, op: str | None = None) -> int:
+    """Return `seed`, or raise TypeError unless it is an int, and ValueError unless ``0 <= seed < 2**63``.
+
+    Args:
+        seed: what is checked.
+        op: what messages begin with.
+    """
+    if not isinstance(seed, INTS) or not 0 <= seed < 2**63:
+        raise _refusal("seed", seed, 63, op)
     return seed
+
+
+def check_step(step: int, op: str | None = None) -> int:
+    """Return `step`, or raise as `check_seed` does unless ``0 <= step < 2**32``: later ones would repeat draws."""
+    if not isinstance(step, INTS) or not 0 <= step < 2**32:
+        raise _refusal("step", step, 32, op)
+    return step
+
+
+def check_slots(slots: Tensor) -> None:
+    """Raise TypeError unless `slots` is an int64 tensor, and ValueError unless it is ``[B]``; the values may be any."""
+    if not isinstance(slots, Tensor):
+        raise TypeError(f"slots is of type {type(slots).__name__}, want a tensor")
+    if slots.dtype != torch.int64:
+        raise TypeError(f"slots has dtype {str(slots.dtype).removeprefix('torch.')}, want int64")
+    if slots.dim() != 1:
+        raise ValueError(f"slots has shape {list(slots.shape)}, want [B]")
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -89,18 +123,23 @@ def bits(num: int, *, seed: int, stream: Stream, step: int | Tensor, slots: Tens
         num: elements per slot.
         seed: run seed, ``0 <= seed < 2**63``.
         stream: what the draw is for.
-        step: optimizer step; an int, or an int64 tensor that broadcasts with `slots`.
-        slots: int64 ``[B]``, places in the global batch.
+        step: optimizer step, ``0 <= step < 2**32``; an int, or an int64 tensor that broadcasts with `slots`.
+        slots: int64 ``[B]``, places in the global batch, ``0 <= slot < 2**32``. Values in tensors are not checked;
+            only their low 32 bits count.
 
     Returns:
         int64 ``[B, num]`` with values in ``[0, 2**32)``, on the device of `slots`.
+
+    Raises:
+        ValueError, TypeError: wrong value or shape; wrong type or dtype.
     """
     check_seed(seed)
+    check_slots(slots)
     num_blocks = (num + 3) // 4
     block = torch.arange(num_blocks, device=slots.device).expand(slots.shape[0], num_blocks)
     if not isinstance(step, Tensor):
         # Written by a kernel: a copy from the host would wait for everything that is queued on the device.
-        step = torch.full((), step, dtype=torch.int64, device=slots.device)
+        step = torch.full((), check_step(step), dtype=torch.int64, device=slots.device)
     step = step.expand(slots.shape)
     words = philox4x32((block, slots[:, None], step[:, None], torch.full_like(block, int(stream))), seed)
     return torch.stack(words, dim=-1).flatten(1)[:, :num]

@@ -150,6 +150,28 @@ def test_seed_out_of_range(seed):
         random.uniform(1, seed=seed, stream=Stream.MASK, step=0, slots=_slots(1))
 
 
+@pytest.mark.parametrize("step", [-1, 2**32])
+def test_step_out_of_range(step):
+    """Regression: step 2**32 drew the numbers of step 0."""
+    with pytest.raises(ValueError, match=f"step is {step}, want 0 <= step < 2\\*\\*32"):
+        random.bits(1, seed=0, stream=Stream.MASK, step=step, slots=_slots(1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"seed": torch.tensor(3)}, TypeError, "seed is of type Tensor, want an int"),
+        ({"step": 1.0}, TypeError, "step is of type float, want an int"),
+        ({"slots": [0, 1]}, TypeError, "slots is of type list, want a tensor"),
+        ({"slots": torch.zeros(2)}, TypeError, "slots has dtype float32, want int64"),
+        ({"slots": torch.tensor(0)}, ValueError, r"slots has shape \[\], want \[B\]"),
+    ],
+)
+def test_wrong_arguments(changes, error, message):
+    with pytest.raises(error, match=message):
+        random.bits(1, **({"seed": 0, "stream": Stream.MASK, "step": 0, "slots": _slots(2)} | changes))
+
+
 def test_streams_keep_their_numbers():
     """The values are part of every saved run: a stream may be added, never renumbered."""
     assert {stream.name: int(stream) for stream in Stream} == {

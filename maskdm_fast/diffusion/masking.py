@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maskdm_fast import random
+from maskdm_fast.ops.checks import check_int
 from maskdm_fast.random import Stream
 
 Grid: TypeAlias = tuple[int, int]
@@ -52,6 +53,7 @@ class _AnyMask:
             ``(ids_keep, cu_seqlens)``: int64 ``[T]``, ascending within each image; int32 ``[B + 1]``, where each image
             begins.
         """
+        random.check_slots(slots)
         visible = self._visible(grid, seed=seed, step=step, slots=slots)
         if whole is not None:
             visible = visible | whole[:, None]
@@ -119,8 +121,8 @@ class _RatioMask(_AnyMask):
                 f"{type(self).__name__}: images keep different numbers of patches (ratio {self.ratio} to "
                 f"{self.max_ratio}); use sample_packed"
             )
-        side, (rows, columns) = self._side, grid
-        keep, total = self.num_visible(grid), rows * columns
+        keep, side, (rows, columns) = self.num_visible(grid), self._side, grid
+        total = rows * columns
         if keep == total:
             return None
         pieces = _choose(total // side**2, keep // side**2, seed=seed, step=step, slots=slots)
@@ -176,7 +178,7 @@ class BlockMask(_RatioMask):
         max_ratio: draw the ratio of each image uniformly between `ratio` and this; None: the same for all.
 
     Raises:
-        ValueError: if a value is out of range.
+        ValueError, TypeError: if a value is out of range; if `block_size` is no int.
     """
 
     ratio: float
@@ -185,6 +187,7 @@ class BlockMask(_RatioMask):
 
     def __post_init__(self):
         super().__post_init__()
+        check_int("BlockMask", "block_size", self.block_size)
         if self.block_size < 1:
             raise ValueError(f"BlockMask: block_size is {self.block_size}, want at least 1")
 
@@ -210,12 +213,13 @@ class CropMask(_AnyMask):
         size: side c of the window in patches; at most the shorter side of the grid.
 
     Raises:
-        ValueError: if `size` is less than 1.
+        ValueError, TypeError: if `size` is less than 1; if it is no int.
     """
 
     size: int
 
     def __post_init__(self):
+        check_int("CropMask", "size", self.size)
         if self.size < 1:
             raise ValueError(f"CropMask: size is {self.size}, want at least 1")
 
@@ -269,5 +273,9 @@ def _window(side: int, columns: int, device: torch.device) -> Tensor:
 
 
 def _check_grid(grid: Grid) -> None:
+    if not isinstance(grid, tuple | list):
+        raise TypeError(f"mask: grid is of type {type(grid).__name__}, want (rows, columns) in patches")
+    for side in grid:
+        check_int("mask", "a side of the grid", side)
     if len(grid) != 2 or min(grid) < 1:
         raise ValueError(f"mask: grid is {grid}, want (rows, columns) in patches, each at least 1")

@@ -1,6 +1,6 @@
 """What the steps of Adam's family share, `adamw_ema` and `lamb_ema`: checks of their arguments, and the call."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from types import ModuleType
 from typing import Any
 
@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from maskdm_fast.ops import backend as backends
-from maskdm_fast.ops.checks import FLOATING, accumulate_dtype, check_device, check_dtype, check_shape, check_strided
+from maskdm_fast.ops.checks import (
+    FLOATING,
+    accumulate_dtype,
+    check_device,
+    check_dtype,
+    check_int,
+    check_number,
+    check_shape,
+    check_strided,
+)
 
 Lists = tuple[Sequence[Tensor], ...]
 _NAMES = ("params", "grads", "exp_avgs", "exp_avg_sqs", "emas", "copies")
@@ -19,6 +28,12 @@ def _check_scalar(op: str, name: str, tensor: Tensor, dtype: torch.dtype, device
     check_shape(op, name, tensor)
     check_device(op, name, tensor, device)
     return tensor
+
+
+def check_list(op: str, name: str, tensors: Sequence[Tensor]) -> None:
+    """Raise TypeError if `tensors` is one tensor, an iterator, which can be read only once, or nothing of the kind."""
+    if isinstance(tensors, Tensor) or not isinstance(tensors, Sized):
+        raise TypeError(f"{op}: {name} is of type {type(tensors).__name__}, want a list of tensors")
 
 
 def _check_list(op: str, name: str, tensors: Sequence[Tensor], params: Sequence[Tensor]) -> None:
@@ -34,15 +49,16 @@ def _check_list(op: str, name: str, tensors: Sequence[Tensor], params: Sequence[
             wanted = (accumulate_dtype(param.dtype),)
         # Models have hundreds of tensors, and the checks that find the words for a wrong one take six times as long.
         if (
-            tensor.dtype in wanted
+            isinstance(tensor, Tensor)
+            and tensor.dtype in wanted
             and tensor.shape == param.shape
             and tensor.device == device
             and (tensor.is_contiguous() if written else tensor.layout is torch.strided)
         ):
             continue
         label = f"{name}[{index}]"
-        check_strided(op, label, tensor)
         check_dtype(op, label, tensor, wanted)
+        check_strided(op, label, tensor)
         check_device(op, label, tensor, device)
         check_shape(op, label, tensor, *param.shape)
         raise ValueError(f"{op}: {label} is not contiguous, and it is written in place")
@@ -51,7 +67,7 @@ def _check_list(op: str, name: str, tensors: Sequence[Tensor], params: Sequence[
 def _check_lists(op: str, lists: Lists) -> None:
     params, device = lists[0], lists[0][0].device
     for index, param in enumerate(params):
-        if param.dtype not in FLOATING or param.device != device:
+        if not isinstance(param, Tensor) or param.dtype not in FLOATING or param.device != device:
             check_dtype(op, f"params[{index}]", param, FLOATING)
             check_device(op, f"params[{index}]", param, device)
         if not param.is_contiguous():
@@ -64,9 +80,12 @@ def _check_lists(op: str, lists: Lists) -> None:
 def _present(op: str, lists: Sequence[Sequence[Tensor] | None], optional: Sequence[str]) -> Lists:
     """The lists, empty where one of the `optional` is None."""
     for name, tensors in zip(_NAMES, lists, strict=True):
-        if tensors is None and name not in optional:
+        if tensors is None and name in optional:
+            continue
+        if tensors is None:
             raise TypeError(f"{op}: {name} is None, want a list of tensors")
-        if tensors is not None and not tensors and name in ("exp_avgs", "emas"):
+        check_list(op, name, tensors)
+        if len(tensors) == 0 and name in ("exp_avgs", "emas"):
             raise ValueError(f"{op}: {name} has 0 tensors, want {len(lists[0])}")
     return tuple([] if tensors is None else tensors for tensors in lists)
 
@@ -75,9 +94,12 @@ def _native_checks(chosen: str, lists: Lists) -> bool:
     """Whether the native step will look at the lists itself: eagerly, and with everything on devices of its kind."""
     if chosen not in ("cpu", "cuda") or torch.compiler.is_compiling():
         return False
-    if chosen == "cuda":
-        return all(tensor.is_cuda for tensors in lists for tensor in tensors)
-    return all(tensor.is_cpu for tensors in lists for tensor in tensors)
+    try:
+        if chosen == "cuda":
+            return all(tensor.is_cuda for tensors in lists for tensor in tensors)
+        return all(tensor.is_cpu for tensors in lists for tensor in tensors)
+    except AttributeError:  # of what is no tensor, for which `_check_lists` has the words
+        return False
 
 
 def take_step(
@@ -101,16 +123,20 @@ def take_step(
     Args:
         op: its name.
         implementations: its backends.
-        lists: params, grads, exp_avgs, exp_avg_sqs, emas, copies; params is not empty. Backends get an empty list for
-            None.
+        lists: params, grads, exp_avgs, exp_avg_sqs, emas, copies. Without params nothing is done. Backends get an
+            empty list for None.
         settings: what only this op takes; passed on after `ema_decay`.
         optional: which of exp_avgs and emas may be None.
         lr, ...: as the ops say.
 
     Raises:
-        ValueError, TypeError: wrong shape, length, layout, value or device; wrong dtype.
+        ValueError, TypeError: wrong shape, length, layout, value or device; wrong type or dtype.
         RuntimeError: the named backend cannot run.
     """
+    check_list(op, "params", lists[0])
+    if len(lists[0]) == 0:
+        return
+    check_dtype(op, "params[0]", lists[0][0], FLOATING)
     lists = _present(op, lists, optional)
     if not lists[4]:
         ema_decay = 0.0
@@ -127,9 +153,16 @@ def take_step(
         lr, lr_tensor = 0.0, _check_scalar(op, "lr", lr, torch.float32, device)
     if isinstance(step, Tensor):
         step, step_tensor = 1, _check_scalar(op, "step", step, torch.int64, device)
+    check_int(op, "step", step)
     if isinstance(ema_decay, Tensor):
         ema_decay, ema_decay_tensor = 0.0, _check_scalar(op, "ema_decay", ema_decay, torch.float64, device)
-    beta1, beta2 = betas
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise ValueError(f"{op}: betas is {betas!r}, want (beta1, beta2)")
+    lr, eps, ema_decay = (
+        check_number(op, name, value) for name, value in (("lr", lr), ("eps", eps), ("ema_decay", ema_decay))
+    )
+    beta1, beta2 = (check_number(op, f"betas[{index}]", beta) for index, beta in enumerate(betas))
+    weight_decay = check_number(op, "weight_decay", weight_decay)
     for name, value, good in (
         ("lr", lr, lr >= 0),
         ("betas[0]", beta1, 0 <= beta1 < 1),

@@ -1,14 +1,19 @@
 """The argument checks that the ops share.
 
-Wrong shape, value or device: ValueError; wrong dtype: TypeError. Both name the op and the argument.
+Wrong shape, value or device: ValueError; wrong type or dtype: TypeError. Both name the op and the argument.
 """
 
 import itertools
+import numbers
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from maskdm_fast.random import INTS
+
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+NUMBERS = (float, torch.SymFloat, *INTS, numbers.Real)
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -16,9 +21,16 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def check_tensor(op: str, name: str, value: Any) -> None:
+    """Raise TypeError unless `value` is a tensor; the other checks of tensors take that for granted."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} is of type {type(value).__name__}, want a tensor")
+
+
 def check_dtype(op: str, name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
-    """Raise TypeError unless `tensor` has one of the dtypes."""
-    if tensor.dtype not in allowed:
+    """Raise TypeError unless `tensor` is one, of one of the dtypes."""
+    if not isinstance(tensor, Tensor) or tensor.dtype not in allowed:
+        check_tensor(op, name, tensor)
         wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
         raise TypeError(f"{op}: {name} has dtype {str(tensor.dtype).removeprefix('torch.')}, want {wanted}")
 
@@ -51,10 +63,18 @@ def check_strided(op: str, name: str, tensor: Tensor) -> None:
 
 
 def check_number(op: str, name: str, value: float) -> float:
-    """`value` as a float. Raise TypeError if it is a tensor: no gradient would reach it, and reading it waits."""
+    """`value` as a float. Raise TypeError for a tensor, which would get no gradient and be waited for, and the like."""
     if isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} is a tensor, which gets no gradient, want a number")
+    if not isinstance(value, NUMBERS):
+        raise TypeError(f"{op}: {name} is of type {type(value).__name__}, want a number")
     return float(value)
+
+
+def check_int(op: str, name: str, value: int) -> None:
+    """Raise TypeError unless `value` is an int."""
+    if not isinstance(value, INTS):
+        raise TypeError(f"{op}: {name} is of type {type(value).__name__}, want an int")
 
 
 def check_cu_seqlens(op: str, cu_seqlens: Tensor, device: torch.device) -> None:

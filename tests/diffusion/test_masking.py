@@ -201,3 +201,19 @@ def test_whole_images_keep_all_patches_and_change_no_other(mask):
 def test_errors(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        *[(lambda mask=mask: sample(mask, 4, 1), "grid is of type int") for mask in (NoMask(), *PACKABLE[:3])],
+        (lambda: sample(PatchMask(0.5), (4.0, 4.0), 1), "mask: a side of the grid is of type float, want an int"),
+        (lambda: BlockMask(0.5, 2.0), "BlockMask: block_size is of type float, want an int"),
+        (lambda: CropMask(2.0), "CropMask: size is of type float, want an int"),
+        (lambda: PatchMask(0.5).sample(GRID_16, seed=0, step=0, slots=torch.zeros(2)), "slots has dtype float32"),
+        (lambda: NoMask().sample_packed(GRID_16, seed=0, step=0, slots=[0]), "slots is of type list, want a tensor"),
+    ],
+)
+def test_wrong_types(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()

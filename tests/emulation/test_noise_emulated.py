@@ -26,6 +26,7 @@ def test_normals_are_those_of_the_words(emulated, patch_size, channels, step):
     As the next test shows, uniforms whose last bit were wrong would not be: the words agree as far as they are used.
     """
     images = torch.zeros((4, 8 * patch_size, 12 * patch_size, channels), dtype=torch.uint8)
+    step = torch.tensor(step)  # whose low 32 bits count; an int above is refused
     count = 96 * patch_size**2 * channels
     wanted = random.normal(
         count, seed=2**63 - 1, stream=random.Stream.NOISE, step=step, slots=SLOTS, dtype=torch.float64

@@ -33,12 +33,12 @@ def test_noise(name, device):
     side, patch = 16, 4
     images = torch.zeros(len(SLOTS), 3, side, side, dtype=torch.uint8, device=device)
     slots = torch.tensor(SLOTS, device=device)
-    ones = torch.ones(len(SLOTS), device=device)
+    step, ones = torch.tensor(STEP), torch.ones(len(SLOTS), device=device)
     _, eps = ops.noise_visible_patches(
-        images, None, 0 * ones, ones, patch_size=patch, seed=11, step=STEP, slots=slots, backend=name
+        images, None, 0 * ones, ones, patch_size=patch, seed=11, step=step.to(device), slots=slots, backend=name
     )
     count = 3 * side * side
-    exact = random.normal(count, seed=11, stream=Stream.NOISE, step=STEP, slots=slots.cpu(), dtype=torch.float64)
+    exact = random.normal(count, seed=11, stream=Stream.NOISE, step=step, slots=slots.cpu(), dtype=torch.float64)
     error = (eps.cpu().double().flatten(1) - exact).abs()
     # The radius is at most 5.8; float32 gives it, the sine and the product with an error of a few units in the last
     # place each. A word that differed in one bit of its upper half would be off by a thousand times that.

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import numpy
 import pytest
 import torch
 
@@ -135,7 +136,9 @@ WRONG = [
     (lambda: _noise(ids_keep=IDS[0], cu_seqlens=CU.long()), TypeError, "cu_seqlens has dtype int64, want int32"),
     (lambda: _noise(ids_keep=IDS[0], cu_seqlens=CU[:2]), ValueError, r"cu_seqlens has shape \[2\], want \[3\]"),
     (lambda: _noise(out_dtype=torch.int8), TypeError, "out_dtype is torch.int8"),
-    (lambda: _noise(seed=-1), ValueError, "seed is -1, want 0 <= seed"),
+    (lambda: _noise(seed=-1), ValueError, "noise_visible_patches: seed is -1, want 0 <= seed"),
+    (lambda: _noise(step=-1), ValueError, "noise_visible_patches: step is -1, want 0 <= step"),
+    (lambda: _noise(step=2**32), ValueError, r"step is 4294967296, want 0 <= step < 2\*\*32"),
     (lambda: _noise(slots=torch.arange(3)), ValueError, r"slots has shape \[3\], want \[2\]"),
     (lambda: _noise(flip=torch.zeros(2)), TypeError, "flip has dtype float32, want bool"),
     (lambda: _noise(step=torch.tensor(1.0)), TypeError, "step has dtype float32, want int64"),
@@ -160,11 +163,61 @@ WRONG = [
     (lambda: _adamw(lr=torch.ones(1)), ValueError, r"lr has shape \[1\], want \[\]"),
     (lambda: _adamw(ema_decay=torch.tensor(0.9)), TypeError, "ema_decay has dtype float32, want float64"),
     (lambda: _adamw(betas=(1.0, 0.9)), ValueError, r"betas\[0\] is 1.0, outside its range"),
+    (lambda: _adamw(betas=0.9), ValueError, r"adamw_ema: betas is 0.9, want \(beta1, beta2\)"),
     (lambda: AdamWEMA([torch.zeros(1)], lr=-1.0), ValueError, "lr -1.0"),
     (lambda: AdamWEMA([torch.zeros(1)], betas=(0.9, 1.0)), ValueError, "betas are"),
     (lambda: AdamWEMA([torch.zeros(1)], ema_decay=2.0), ValueError, "ema_decay is 2.0"),
     (lambda: AdamWEMA([torch.zeros(1)], max_grad_norm=0.0), ValueError, "max_grad_norm is 0.0"),
 ]
+
+
+# What is no tensor, no int, no number or no list at all.
+WRONG_TYPES = [
+    (lambda: ops.gather_tokens(X, [[0, 2], [1, 5]]), "gather_tokens: ids_keep is of type list, want a tensor"),
+    (lambda: ops.scatter_tokens(X[:, :2], IDS, 6.0), "scatter_tokens: num_tokens is of type float, want an int"),
+    (lambda: ops.scatter_tokens(X[:, :2], IDS, 6, 0.0), "scatter_tokens: base is of type float, want a tensor"),
+    (lambda: ops.linear([0.0], X[0]), "linear: x is of type list, want a tensor"),
+    (lambda: ops.linear(X, [0.0]), "linear: weight is of type list, want a tensor"),
+    (lambda: ops.linear(X, X[0], 0.0), "linear: bias is of type float, want a tensor"),
+    (lambda: ops.gelu(0.0), "gelu: x is of type float, want a tensor"),
+    (lambda: ops.masked_attention(QKV[0], cu_seqlens=[0, 1, 3]), "cu_seqlens is of type list, want a tensor"),
+    (lambda: ops.masked_attention(QKV, scale="1"), "masked_attention: scale is of type str, want a number"),
+    (lambda: ops.masked_dsm_loss(X, X, 2.0), "masked_dsm_loss: weight is of type float, want a tensor"),
+    (lambda: ops.masked_dsm_loss(X, X, delta=None), "masked_dsm_loss: delta is of type NoneType, want a number"),
+    (lambda: ops.sid_loss(X, 0.0, X), "sid_loss: teacher is of type float, want a tensor"),
+    (lambda: ops.sid_loss(X, X, X, weighting="karras", sigma_t=0.5), "sid_loss: sigma_t is of type float, want a"),
+    (lambda: _noise(images=numpy.zeros((2, 3, 8, 8), "uint8")), "images is of type ndarray, want a tensor"),
+    (lambda: _noise(alpha=0.8), "noise_visible_patches: alpha is of type float, want a tensor"),
+    (lambda: _noise(prediction=(1.0, 0.0)), "noise_visible_patches: eps_scale is of type float, want a tensor"),
+    (lambda: _noise(patch_size=4.0), "noise_visible_patches: patch_size is of type float, want an int"),
+    (lambda: _noise(seed=torch.tensor(3)), "noise_visible_patches: seed is of type Tensor, want an int"),
+    (lambda: _noise(step=1.5), "noise_visible_patches: step is of type float, want an int"),
+    (lambda: _noise(slots=[0, 1]), "noise_visible_patches: slots is of type list, want a tensor"),
+    (lambda: _adamw(params=[None]), r"adamw_ema: params\[0\] is of type NoneType, want a tensor"),
+    (lambda: _adamw(params=iter([X])), "adamw_ema: params is of type list_iterator, want a list of tensors"),
+    (lambda: _adamw(params=torch.zeros(3)), "adamw_ema: params is of type Tensor, want a list of tensors"),
+    (lambda: _adamw(grads=torch.zeros(1, 3)), "adamw_ema: grads is of type Tensor, want a list of tensors"),
+    *[(lambda b=b: _adamw(grads=[None], backend=b), r"grads\[0\] is of type NoneType") for b in BACKENDS],
+    (lambda: _adamw(grad_scale=1.0), "adamw_ema: grad_scale is of type float, want a tensor"),
+    (lambda: _adamw(lr="0.1"), "adamw_ema: lr is of type str, want a number"),
+    (lambda: _adamw(betas=(0.9, None)), r"adamw_ema: betas\[1\] is of type NoneType, want a number"),
+    *[(lambda b=b: _adamw(step=1.5, backend=b), "adamw_ema: step is of type float, want an int") for b in BACKENDS],
+    (lambda: _adamw(ops.lamb_ema, min_ndim=1.5), "lamb_ema: min_ndim is of type float, want an int"),
+    (lambda: global_norm(X), "global_norm: tensors is of type Tensor, want a list of tensors"),
+    *[(lambda b=b: global_norm([X, None], backend=b), r"tensors\[1\] is of type NoneType") for b in BACKENDS],
+]
+
+
+@pytest.mark.parametrize(("call", "message"), WRONG_TYPES, ids=range(len(WRONG_TYPES)))
+def test_wrong_types(call, message):
+    """Regression: these were errors of Python or of the dispatcher, which name neither the op nor the argument."""
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+def test_integers_of_numpy_are_integers():
+    for wanted, out in zip(_noise(step=3), _noise(step=numpy.int64(3), patch_size=numpy.int32(4)), strict=True):
+        assert torch.equal(out, wanted)
 
 
 @pytest.mark.parametrize(("call", "error", "message"), WRONG, ids=range(len(WRONG)))

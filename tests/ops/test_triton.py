@@ -137,7 +137,8 @@ if "noise_visible_patches" in CASES:
 def test_noise_visible_patches_draws_the_words_of_every_backend(seed, step):
     slots = torch.tensor([0, 5, 2**32 - 1, 2**32 + 3], device=DEVICE)
     words = torch.empty(4, 64, dtype=torch.int64, device=DEVICE)
-    _draw_kernel[(4,)](words, slots, torch.tensor(step, device=DEVICE), seed, NUM_BLOCKS=16)
+    step = torch.tensor(step, device=DEVICE)  # whose low 32 bits count; an int above is refused
+    _draw_kernel[(4,)](words, slots, step, seed, NUM_BLOCKS=16)
     assert torch.equal(words, draws.bits(64, seed=seed, stream=draws.Stream.NOISE, step=step, slots=slots))
 
 

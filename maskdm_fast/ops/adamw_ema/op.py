@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from maskdm_fast.ops import backend as backends
-from maskdm_fast.ops.adam import take_step
+from maskdm_fast.ops.adam import check_list, take_step
 from maskdm_fast.ops.adamw_ema import native_impl, reference
-from maskdm_fast.ops.checks import check_strided
+from maskdm_fast.ops.checks import check_strided, check_tensor
 
 IMPL = {"reference": reference, "cpu": native_impl, "cuda": native_impl}
 if backends.has_triton():
@@ -70,13 +70,12 @@ def adamw_ema(
     CUDA graph replays with what they hold then, while a number stays what it was when the graph was captured.
 
     Raises:
-        ValueError, TypeError: wrong shape, length, layout, value or device; wrong dtype; no `exp_avgs`, but a beta1.
+        ValueError, TypeError: wrong shape, length, layout, value or device; wrong type or dtype; no `exp_avgs`, but a
+            beta1.
         RuntimeError: the named backend cannot run.
 
     Source: Loshchilov and Hutter (arXiv 1711.05101), algorithm 2.
     """
-    if not params:
-        return
     take_step(
         "adamw_ema", IMPL, (params, grads, exp_avgs, exp_avg_sqs, emas, copies), lr=lr, betas=betas, eps=eps,
         weight_decay=weight_decay, step=step, ema_decay=ema_decay, grad_scale=grad_scale, found_inf=found_inf,
@@ -96,15 +95,18 @@ def global_norm(tensors: Sequence[Tensor], *, backend: str | None = None) -> Ten
         A scalar, float64 if one of `tensors` is, else float32; 0 for an empty list. Summed in float64 by ``"cpu"``.
 
     Raises:
-        ValueError: one of them is sparse.
+        ValueError, TypeError: one of them is sparse; not a list, or not of tensors.
         RuntimeError: the named backend cannot run.
     """
-    if not tensors:
+    check_list("global_norm", "tensors", tensors)
+    if len(tensors) == 0:
         return torch.zeros(())
+    check_tensor("global_norm", "tensors[0]", tensors[0])
     chosen = backends.choose("global_norm", IMPL, tensors[0], backend)
     try:
         return IMPL[chosen].global_norm(list(tensors))
-    except RuntimeError:
+    except (RuntimeError, AttributeError, TypeError):
         for index, tensor in enumerate(tensors):
+            check_tensor("global_norm", f"tensors[{index}]", tensor)
             check_strided("global_norm", f"tensors[{index}]", tensor)
         raise

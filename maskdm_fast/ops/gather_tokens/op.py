@@ -7,7 +7,7 @@ from torch import Tensor
 
 from maskdm_fast.ops import backend as backends
 from maskdm_fast.ops.autograd import once_differentiable
-from maskdm_fast.ops.checks import FLOATING, check_cu_seqlens, check_device, check_dtype, check_shape
+from maskdm_fast.ops.checks import FLOATING, check_cu_seqlens, check_device, check_dtype, check_int, check_shape
 from maskdm_fast.ops.gather_tokens import native_impl, reference
 
 IMPL = {"reference": reference, "cpu": native_impl, "cuda": native_impl}
@@ -90,7 +90,7 @@ def gather_tokens(
         ``[B, K, D]``, or packed ``[T, D]``.
 
     Raises:
-        ValueError, TypeError: wrong shape or device; wrong dtype.
+        ValueError, TypeError: wrong shape or device; wrong type or dtype.
         RuntimeError: an id out of range or twice in an image (checked on CPU); the named backend cannot run.
 
     Source: MAE (arXiv 2111.06377) and MaskDM (arXiv 2306.11363) keep visible tokens so; their codes index with a
@@ -144,6 +144,7 @@ def scatter_tokens(
     ids_keep, cu_seqlens = _checked_ids(op, ids_keep, cu_seqlens, x.device, num_images)
     if ids_keep.shape[-1] != x.shape[-2]:
         raise ValueError(f"{op}: ids_keep has shape {list(ids_keep.shape)}, want {list(x.shape[:-1])}")
+    check_int(op, "num_tokens", num_tokens)
     if num_tokens < 1:
         raise ValueError(f"{op}: num_tokens is {num_tokens}, want at least 1")
     if base is not None:

@@ -40,7 +40,7 @@ def gelu(x: Tensor, *, backend: str | None = None) -> Tensor:
         Shape and dtype of `x`, contiguous.
 
     Raises:
-        TypeError: wrong dtype.
+        TypeError: wrong type or dtype.
         RuntimeError: the named backend cannot run.
 
     Source: Hendrycks and Gimpel, "Gaussian Error Linear Units", arXiv 1606.08415.

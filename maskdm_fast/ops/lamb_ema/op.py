@@ -7,6 +7,7 @@ from torch import Tensor
 
 from maskdm_fast.ops import backend as backends
 from maskdm_fast.ops.adam import take_step
+from maskdm_fast.ops.checks import check_int
 from maskdm_fast.ops.lamb_ema import native_impl, reference
 
 IMPL = {"reference": reference, "cpu": native_impl, "cuda": native_impl}
@@ -72,13 +73,12 @@ def lamb_ema(
     Scalar tensors are on the device of `params` and are read there, as in `adamw_ema`.
 
     Raises:
-        ValueError, TypeError: wrong shape, length, layout, value or device; wrong dtype.
+        ValueError, TypeError: wrong shape, length, layout, value or device; wrong type or dtype.
         RuntimeError: the named backend cannot run.
 
     Source: You et al. (arXiv 1904.00962), algorithm 2.
     """
-    if not params:
-        return
+    check_int("lamb_ema", "min_ndim", min_ndim)
     take_step(
         "lamb_ema", IMPL, (params, grads, exp_avgs, exp_avg_sqs, emas, copies), min_ndim, lr=lr, betas=betas, eps=eps,
         weight_decay=weight_decay, step=step, ema_decay=ema_decay, grad_scale=grad_scale, found_inf=found_inf,

@@ -82,25 +82,25 @@ def linear(
         ``[..., O]``.
 
     Raises:
-        ValueError, TypeError: wrong shape or device; wrong dtype.
+        ValueError, TypeError: wrong shape or device; wrong type or dtype.
         RuntimeError: the named backend cannot run; a second derivative is asked of ``"cpu"`` or a named backend.
     """
+    check_dtype(_OP, "x", x, FLOATING)
     # The meta device, on which networks are counted, has no autocast, and asking about it is an error.
     if backend is None and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         return _by_pytorch(x, weight, bias, residual)
-    check_dtype(_OP, "x", x, FLOATING)
+    check_dtype(_OP, "weight", weight, (x.dtype,))
+    check_device(_OP, "weight", weight, x.device)
     check_shape(_OP, "weight", weight, "O", "I")
     if x.dim() == 0:
         raise ValueError(f"{_OP}: x has shape [], want [..., {weight.shape[1]}]")
-    wanted = {"x": x, "weight": weight, "bias": bias, "residual": residual}
     check_shape(_OP, "x", x, *x.shape[:-1], weight.shape[1])
-    for name, shape in (("bias", weight.shape[:1]), ("residual", (*x.shape[:-1], weight.shape[0]))):
-        if wanted[name] is not None:
-            check_shape(_OP, name, wanted[name], *shape)
-    for name, tensor in wanted.items():
+    wanted = (("bias", bias, weight.shape[:1]), ("residual", residual, (*x.shape[:-1], weight.shape[0])))
+    for name, tensor, shape in wanted:
         if tensor is not None:
             check_dtype(_OP, name, tensor, (x.dtype,))
             check_device(_OP, name, tensor, x.device)
+            check_shape(_OP, name, tensor, *shape)
     chosen = backends.choose(_OP, IMPL, x, backend)
     by_itself = chosen == "cpu" and backends.onednn_is_faster(x.dtype)
     if not by_itself and not backends.is_named(IMPL, backend):

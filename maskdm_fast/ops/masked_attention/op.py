@@ -72,7 +72,7 @@ def masked_attention(
         ``[B, K, H, E]``, or packed ``[T, H, E]``, contiguous.
 
     Raises:
-        ValueError, TypeError: wrong shape or device; wrong dtype, or a tensor for `scale`.
+        ValueError, TypeError: wrong shape or device; wrong type or dtype.
         RuntimeError: cu_seqlens does not rise from 0 to T (checked on CPU); the named backend cannot run.
 
     Source: Vaswani et al. (arXiv 1706.03762), eq. 1; the log-sum-exp that the backward pass starts from is

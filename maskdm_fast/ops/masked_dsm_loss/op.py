@@ -99,8 +99,8 @@ def masked_dsm_loss(
         float32 (float64 for float64 inputs): a scalar, or ``[B]``. The mean over zero images is NaN, as torch.mean's.
 
     Raises:
-        ValueError, TypeError: wrong shape, value or device, no tokens at all in the equal-length form; wrong dtype,
-            or a tensor for `delta`.
+        ValueError, TypeError: wrong shape, value or device, no tokens at all in the equal-length form; wrong type
+            or dtype.
         RuntimeError: cu_seqlens does not rise from 0 to T (checked on CPU); the named backend cannot run.
 
     Source: MaskDM (arXiv 2306.11363), eq. 2.

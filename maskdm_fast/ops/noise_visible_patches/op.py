@@ -11,6 +11,7 @@ from maskdm_fast.ops.checks import (
     check_cu_seqlens,
     check_device,
     check_dtype,
+    check_int,
     check_shape,
 )
 from maskdm_fast.ops.noise_visible_patches import native_impl, reference
@@ -36,6 +37,7 @@ def _check_images(images: Tensor, patch_size: int, layout: str) -> int:
         height, width = images.shape[1:3]
     else:
         raise ValueError(f"{_OP}: layout is {layout!r}, want 'bchw' or 'bhwc'")
+    check_int(_OP, "patch_size", patch_size)
     if patch_size < 1 or height % patch_size or width % patch_size:
         raise ValueError(f"{_OP}: patch_size {patch_size} does not divide images of {height} x {width} pixels")
     return (height // patch_size) * (width // patch_size)
@@ -122,8 +124,9 @@ def noise_visible_patches(
         prediction: ``"eps"``, ``"x0"`` or ``"v"``; or the pair (eps_scale, x0_scale), floating point ``[B]`` each.
         cu_seqlens: int32 ``[B + 1]``, cumulative counts of the packed form, from 0 to T.
         seed: ``0 <= seed < 2**63``.
-        step: optimizer step, an int, or an int64 scalar tensor on the device of `images`.
-        slots: int64 ``[B]``, places in the global batch; None: ``0 .. B - 1``.
+        step: optimizer step, ``0 <= step < 2**32``: an int, or an int64 scalar tensor on the device of `images`.
+        slots: int64 ``[B]``, places in the global batch, ``0 <= slot < 2**32``; None: ``0 .. B - 1``. Values in
+            tensors, of `step` too, are not checked; only their low 32 bits count.
         flip: bool ``[B]``, True mirrors an image left-right before it is cut into patches.
         out_dtype: float32, float16, bfloat16 or float64.
         layout: ``"bchw"`` or ``"bhwc"``.
@@ -134,7 +137,7 @@ def noise_visible_patches(
         order (py, px, c).
 
     Raises:
-        ValueError, TypeError: wrong shape, value or device; wrong dtype.
+        ValueError, TypeError: wrong shape, value or device; wrong type or dtype.
         RuntimeError: an id out of range, or cu_seqlens does not rise from 0 to T (checked on CPU); the named backend
             cannot run.
 
@@ -147,7 +150,7 @@ def noise_visible_patches(
     _check_coefficient("sigma", sigma, num_images, device)
     if out_dtype not in FLOATING:
         raise TypeError(f"{_OP}: out_dtype is {out_dtype}, want float32, float16, bfloat16 or float64")
-    random.check_seed(seed)
+    random.check_seed(seed, _OP)
     if slots is None:
         slots = torch.arange(num_images, device=device)
     check_dtype(_OP, "slots", slots, (torch.int64,))
@@ -162,6 +165,7 @@ def noise_visible_patches(
         check_shape(_OP, "step", step)
         check_device(_OP, "step", step, device)
     else:
+        random.check_step(step, _OP)
         # A kernel argument in memory: a captured or compiled step does not have to be rebuilt for each value.
         step = torch.full((), step, dtype=torch.int64, device=device)
     dtype = accumulate_dtype(out_dtype)
