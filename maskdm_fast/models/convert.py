@@ -45,6 +45,17 @@ _UVIT_TO_OURS = {
     "decoder_pred.": "head.",
     "final_layer.": "final_conv.",
 }
+# Of the tensors that are taken apart, or that the configuration is read off, by how their names end.
+_NUM_AXES = {
+    "positions": 3,
+    "patch_embed.weight": 4,
+    "mid_block.mlp.fc1.weight": 2,
+    "label_embed": 2,
+    "uncond_embed": 2,
+    ".skip.weight": 2,
+    ".q_bias": 1,
+    ".v_bias": 1,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +66,8 @@ class OfficialWeights:
         config: read off the shapes.
         tensors: state dict of a `UViT`, on the CPU, at least float32.
         code: which code wrote the checkpoint.
-        drops_labels: whether it has an unconditional embedding, which training with dropped labels makes.
+        drops_labels: whether it has an unconditional embedding that was trained, with dropped labels. U-ViT's latents
+            models have one. MaskDM's code adds one to every network with classes and never drops a label.
     """
 
     config: UViTConfig
@@ -74,7 +86,7 @@ def load_official(
     path: Path | str,
     which: Literal["ema", "raw"] = "ema",
     *,
-    num_heads: int | None = None,
+    num_heads: int | Mapping[int, int] | None = None,
     num_classes: int | None = None,
 ) -> OfficialWeights:
     """Read a checkpoint of the official MaskDM or U-ViT code; no code in the file is run.
@@ -83,14 +95,16 @@ def load_official(
         path: see the table above.
         which: the moving average or the raw weights, where the file or folder has both. A file that holds one network
             is read whatever this says.
-        num_heads: attention heads, which no shape tells. None: heads of 64 values, as in every published configuration,
-            but 16 at width 1152 (U-ViT-H).
+        num_heads: attention heads, which no shape tells; or heads by width, for a file whose width is not known. None,
+            or a width that is not there: heads of 64 values, as in every published configuration, but 16 at width 1152
+            (U-ViT-H).
         num_classes: classes it was trained on. If the label table has one row more, its last row becomes the
             unconditional embedding, as U-ViT's ImageNet latents configurations use it. None: every row is a class.
 
     Returns:
         The weights. Where a class-conditional network has no unconditional embedding at all, it is the mean of the
-        classes': it was never trained and needs training with dropped labels before guidance.
+        classes'. Unless `OfficialWeights.drops_labels`, it was never trained and needs training with dropped labels
+        before guidance.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -128,7 +142,7 @@ def convert_official(
     data: Mapping[str, Any],
     which: Literal["ema", "raw"] = "ema",
     *,
-    num_heads: int | None = None,
+    num_heads: int | Mapping[int, int] | None = None,
     num_classes: int | None = None,
 ) -> OfficialWeights:
     """Convert what ``torch.load`` read; arguments and errors as in `load_official`."""
@@ -136,27 +150,36 @@ def convert_official(
     out: dict[str, Tensor] = {}
     for name, tensor in state.items():
         out[_renamed(name)] = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    for name, tensor in out.items():
+        num_axes = next((number for end, number in _NUM_AXES.items() if name.endswith(end)), tensor.ndim)
+        if tensor.ndim != num_axes:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, want {num_axes} axes")
     for name in [name for name in out if name.endswith(".q_bias")]:
         block = name.removesuffix("q_bias")
+        _check_there(out, f"{block}v_bias")
         q_bias, v_bias = out.pop(name), out.pop(f"{block}v_bias")
         out[f"{block}qkv.bias"] = torch.cat((q_bias, torch.zeros_like(q_bias), v_bias))
     for name in [name for name in out if name.endswith(".skip.weight")]:
         halves = out.pop(name).chunk(2, dim=1)  # of cat([x, skip])
         out |= {f"{name}_x": halves[0].contiguous(), f"{name}_skip": halves[1].contiguous()}
     for name in ("positions", "patch_embed.weight", "mid_block.mlp.fc1.weight"):
-        if name not in out:
-            raise ValueError(f"{name} is not in it")
+        _check_there(out, name)
     out["positions"] = out["positions"][0]
     kernel = out["patch_embed.weight"]  # [D, C, P, P]
     drops_labels = False
     if "label_embed" in out:
         out["label_embed"], uncond = _labels(out["label_embed"], out.get("uncond_embed"), num_classes)
-        drops_labels = uncond is not None
-        out["uncond_embed"] = uncond if drops_labels else out["label_embed"].mean(0)
+        drops_labels = code == "U-ViT" and uncond is not None
+        out["uncond_embed"] = out["label_embed"].mean(0) if uncond is None else uncond
     config = _config_of(out, kernel, num_heads)
     out["patch_embed.weight"] = kernel.permute(0, 2, 3, 1).flatten(1).contiguous()
     _check_complete(out, config)
     return OfficialWeights(config, out, code, drops_labels)
+
+
+def _check_there(tensors: Mapping[str, Tensor], name: str) -> None:
+    if name not in tensors:
+        raise ValueError(f"{name} is not in it")
 
 
 def _network_of(data: Mapping[str, Any], which: str) -> tuple[Literal["MaskDM", "U-ViT"], dict[str, Tensor]]:
@@ -166,15 +189,17 @@ def _network_of(data: Mapping[str, Any], which: str) -> tuple[Literal["MaskDM", 
         if not isinstance(data, Mapping):
             raise ValueError(f"the checkpoint has no {part!r}; read the other weights ('raw' or 'ema')")
         if which == "ema":
-            data = {name: value for name, value in data.items() if name.startswith("ema_model.")}
-    names = list(data) if isinstance(data, Mapping) else []
+            data = {name: value for name, value in data.items() if str(name).startswith("ema_model.")}
+    found = data.items() if isinstance(data, Mapping) else ()
+    # A count of epochs, say, may stand beside the tensors.
+    tensors = {name: value for name, value in found if isinstance(name, str) and isinstance(value, Tensor)}
     for mark, network in _OTHER_NETWORKS.items():
-        if any(mark in name for name in names):
+        if any(mark in name for name in tensors):
             raise ValueError(f"this is {network}, which is not supported")
     for code, anchor in _ANCHORS.items():
-        prefix = next((name.removesuffix(anchor) for name in names if name.endswith(anchor)), None)
+        prefix = next((name.removesuffix(anchor) for name in tensors if name.endswith(anchor)), None)
         if prefix is not None:
-            return code, {name.removeprefix(prefix): data[name] for name in names if name.startswith(prefix)}
+            return code, {name[len(prefix) :]: tensors[name] for name in tensors if name.startswith(prefix)}
     raise ValueError(
         f"neither MaskDM's nor U-ViT's network is in it (no tensor named ...{' or ...'.join(_ANCHORS.values())})"
     )
@@ -198,16 +223,20 @@ def _labels(table: Tensor, uncond: Tensor | None, num_classes: int | None) -> tu
     return table, None
 
 
-def _config_of(tensors: Mapping[str, Tensor], kernel: Tensor, num_heads: int | None) -> UViTConfig:
+def _config_of(tensors: Mapping[str, Tensor], kernel: Tensor, num_heads: int | Mapping[int, int] | None) -> UViTConfig:
     dim, channels, patch_size, _ = kernel.shape
     num_classes = len(tensors["label_embed"]) if "label_embed" in tensors else 0
     num_tokens = len(tensors["positions"]) - (2 if num_classes else 1)
     side = math.isqrt(num_tokens)
     if side * side != num_tokens:
         raise ValueError(f"the position table has {num_tokens} patches, want a square number")
+    if isinstance(num_heads, Mapping):
+        num_heads = num_heads.get(dim)
     if num_heads is None:
         if dim % 64:
-            raise ValueError(f"the width is {dim}, not a multiple of 64; say how many heads it has (num_heads)")
+            raise ValueError(
+                f"the width is {dim}, not a multiple of 64; say how many heads it has (num_heads; of a run, dim, too)"
+            )
         num_heads = 16 if dim == 1152 else dim // 64
     hidden = tensors["mid_block.mlp.fc1.weight"].shape[0]
     mlp_ratio = hidden / dim

@@ -204,6 +204,11 @@ def test_labels_of_maskdm(save):
     check(model, state, uncond.expand(2, -1), None)
 
 
+def test_maskdm_has_trained_no_unconditional_embedding(save):
+    """Every class-conditional network of its code has one, and the code drops no label."""
+    assert not load_official(save(official_state("MaskDM", num_classes=5)), num_heads=HEADS).drops_labels
+
+
 def test_last_label_of_uvit_can_be_the_unconditional_one(save):
     state = official_state("U-ViT", num_classes=5)
     table, path = state["label_emb.weight"], save(state)
@@ -252,6 +257,18 @@ def drop(name):
         (official_state("U-ViT") | {"context_embed.weight": torch.zeros(1)}, "text-to-image network"),
         (official_state("MaskDM") | {"decoder_pos_embed": torch.zeros(1)}, "with a decoder, which is not supported"),
         ({"model": {"encoder.encoder_pos_embed": torch.zeros(1, 17, DIM)}}, "has no 'ema'"),
+        ({0: torch.zeros(3)}, "neither MaskDM's nor U-ViT's"),
+        ({"model": {0: torch.zeros(3)}, "ema": {0: torch.zeros(3)}}, "neither MaskDM's nor U-ViT's"),
+        (
+            official_state("MaskDM", num_classes=2) | {"encoder.uncond_embed": torch.tensor(1.0)},
+            r"embed has shape \[\]",
+        ),
+        (official_state("U-ViT") | {"patch_embed.proj.weight": torch.zeros(DIM, 18)}, r"\[24, 18\], want 4 axes"),
+        (official_state("U-ViT") | {"out_blocks.0.skip_linear.weight": torch.zeros(DIM)}, r"\[24\], want 2 axes"),
+        (
+            {name: value for name, value in official_state("MaskDM", qkv_bias=True).items() if "v_bias" not in name},
+            r"mid_block\.attention\.v_bias is not in it",
+        ),
     ],
 )
 def test_what_cannot_be_read_is_named(save, data, message):
@@ -261,6 +278,12 @@ def test_what_cannot_be_read_is_named(save, data, message):
     assert str(path) in str(error.value)
 
 
+def test_what_is_no_tensor_is_passed_over(save):
+    """A count of epochs beside the weights ended in a traceback."""
+    state = official_state("U-ViT")
+    check(ours(load_official(save({**state, "epoch": 3, 5: "five"}), num_heads=HEADS)), state)
+
+
 def test_time_embedding_is_the_official_one_but_for_rounding():
     t = torch.tensor([0.0, 0.5, 499.0, 999.0])
     half = 256
@@ -268,6 +291,14 @@ def test_time_embedding_is_the_official_one_but_for_rounding():
     angles = t[:, None] * frequencies[None]
     official = torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
     torch.testing.assert_close(timestep_embedding(t, 2 * half), official, rtol=0.0, atol=999 * 2**-20)
+
+
+def test_heads_by_width(save):
+    """For a caller who does not know the width: the heads of another width are not taken."""
+    path = save(official_state("U-ViT"))
+    assert load_official(path, num_heads={DIM: HEADS, 192: 1}).config.num_heads == HEADS
+    with pytest.raises(ValueError, match="say how many heads"):
+        load_official(path, num_heads={192: 3})
 
 
 def test_heads_that_cannot_be_guessed_are_asked_for(save):
