@@ -278,6 +278,8 @@ def _initial_weights(config: RunConfig, folder: Path, class_names: Sequence[str]
     stage = config.stage
     weights = load_trained(stage.init_from, folder, stage.init_weights, config, f"--init-from {stage.init_from}")
     _check_same(f"--init-from {stage.init_from}", lambda: {"sha256": weights.sha256}, world)
+    if world.is_main:
+        weights.tell_assumed()
     for name in ("schedule", "prediction"):
         there, here = (getattr(each.diffusion, name) for each in (weights.config, config))
         if there != here and world.is_main:

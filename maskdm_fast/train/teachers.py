@@ -41,6 +41,8 @@ def find_teacher(config: RunConfig, folder: Path, world: World) -> Weights | Non
         return load_trained(stage.teacher, folder, stage.teacher_weights, config, option)
 
     teacher = world.on_each_machine(read)
+    if world.is_main:
+        teacher.tell_assumed()
     check_kind(config, teacher)
     return teacher
 

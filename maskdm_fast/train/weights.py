@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,7 @@ Tensors = dict[str, Tensor]
 _KEY = "maskdm_fast"  # of an exported file's metadata
 _KEPT = ("step", "images", "config", "class_names", "data")  # of a checkpoint's state
 _GROUPS = {"ema": "ema", "raw": "model"}
+_SCHEDULES = {"MaskDM": "linear or cosine", "U-ViT": "vp, scaled-linear for U-ViT-H"}
 VALUE = "value_"
 """Begins the groups of a checkpoint that are of the value of a run of DxMI."""
 
@@ -36,12 +38,14 @@ class Weights:
         tensors: state dict of the model, on the CPU.
         checkpoint: the checkpoint they came from.
         which: ``"ema"`` or ``"raw"``.
+        code: which official code wrote them, "MaskDM" or "U-ViT"; None: this library.
     """
 
     config: RunConfig
     tensors: Tensors
     checkpoint: Checkpoint
     which: str
+    code: str | None = None
 
     @property
     def class_names(self) -> list[str]:
@@ -66,6 +70,16 @@ class Weights:
             digest.update(name.encode())
             digest.update(tensor.flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
+
+    def tell_assumed(self) -> None:
+        """Say, of official weights, what no file of theirs says and is taken from the run."""
+        if self.code is not None:
+            print(
+                f"{self.checkpoint.path} is a file of {self.code}, which does not name its noise schedule: taken for "
+                f"{self.config.diffusion.schedule}; --schedule names another ({_SCHEDULES[self.code]})",
+                file=sys.stderr,
+                flush=True,
+            )
 
     @cached_property
     def value(self) -> Tensors:
@@ -180,11 +194,13 @@ def load_trained(name: str, folder: Path, which: Literal["ema", "raw"], config: 
     try:
         if is_official(path) and not is_exported(path):
             model = config.model
-            found = load_official(path, which, num_heads=model.num_heads, num_classes=model.num_classes or None)
-            # Of another code's run nothing but the network is known, and nothing but that is asked.
+            heads = {model.dim: model.num_heads}  # a teacher is of any width
+            found = load_official(path, which, num_heads=heads, num_classes=model.num_classes or None)
+            # Of another code's run the network is known, and that it predicts the noise, as all of theirs do.
+            diffusion = replace(config.diffusion, prediction="eps")
             stage = DenoisingConfig(label_drop=0.1 if found.drops_labels else 0.0)
-            config = replace(config, model=found.config, stage=stage)
-            return Weights(config, found.tensors, Checkpoint(path, {}), which)
+            config = replace(config, model=found.config, diffusion=diffusion, stage=stage)
+            return Weights(config, found.tensors, Checkpoint(path, {}), which, found.code)
         return load_weights(path, which)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"nothing to start from: {error} ({option})") from None

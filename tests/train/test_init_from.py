@@ -60,10 +60,8 @@ def test_a_mask_and_a_final_convolution_do_not_go_together(make_config, tmp_path
         train(make_config(model=replace(MODEL, final_conv=True)), tmp_path / "run")
 
 
-@pytest.mark.parametrize("final_conv", [False, True])
-def test_init_from_a_file_of_the_official_code(make_config, tmp_path, final_conv):
-    config = replace(MODEL, final_conv=final_conv)
-    ours = UViT(config, seed=3).state_dict()
+def official_names(ours):
+    """The tensors of a network of the shape of `MODEL` as the code of U-ViT has them."""
     official = {
         "patch_embed.proj.weight": ours["patch_embed.weight"].view(16, 2, 2, 3).permute(0, 3, 1, 2).contiguous(),
         "patch_embed.proj.bias": ours["patch_embed.bias"],
@@ -77,9 +75,26 @@ def test_init_from_a_file_of_the_official_code(make_config, tmp_path, final_conv
             for old, new in (("attention.", "attn."), ("skip.", "skip_linear."), ("final_conv.", "final_layer.")):
                 name = name.replace(old, new)
             official[f"decoder_pred.{name[5:]}" if name.startswith("head.") else name] = tensor
-    torch.save(official, tmp_path / "nnet_ema.pth")
+    return official
+
+
+@pytest.mark.parametrize("final_conv", [False, True])
+def test_init_from_a_file_of_the_official_code(make_config, tmp_path, capsys, final_conv):
+    config = replace(MODEL, final_conv=final_conv)
+    ours = UViT(config, seed=3).state_dict()
+    torch.save(official_names(ours), tmp_path / "nnet_ema.pth")
     train(make_config(model=config, init_from="nnet_ema.pth", **UNMASKED), tmp_path / "run")
     assert_handed_over(tmp_path / "run", ours)
+    said = "nnet_ema.pth is a file of U-ViT, which does not name its noise schedule: taken for cosine; --schedule"
+    assert said in capsys.readouterr().err
+
+
+def test_official_weights_that_are_asked_for_something_else(make_config, tmp_path):
+    """They predict the noise; what the run predicts was taken for their own, without a word."""
+    torch.save(official_names(UViT(MODEL).state_dict()), tmp_path / "nnet_ema.pth")
+    asked = DiffusionConfig(prediction="v")
+    with pytest.warns(RuntimeWarning, match="were trained with prediction eps, this run has v"):
+        train(make_config(num_images=4, diffusion=asked, init_from="nnet_ema.pth"), tmp_path / "run")
 
 
 def _in_classes(images, folder, names):

@@ -115,7 +115,7 @@ def test_where_a_teacher_may_lie(teach, make_student, tmp_path, monkeypatch):
 def official_names(ours: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors of a network with patches of 2 as the code of U-ViT has them, but for those of labels."""
     official = {
-        "patch_embed.proj.weight": ours["patch_embed.weight"].view(16, 2, 2, 3).permute(0, 3, 1, 2).contiguous(),
+        "patch_embed.proj.weight": ours["patch_embed.weight"].view(-1, 2, 2, 3).permute(0, 3, 1, 2).contiguous(),
         "patch_embed.proj.bias": ours["patch_embed.bias"],
         "pos_embed": ours["positions"][None],
     }
@@ -139,6 +139,34 @@ def test_weights_of_the_official_code_teach(make_student, tmp_path):
     assert found.keys() == ours.keys()
     for name, tensor in ours.items():
         torch.testing.assert_close(found[name], tensor, rtol=0.0, atol=1e-29)
+
+
+def test_an_official_teacher_of_another_width_keeps_its_heads(make_student, tmp_path):
+    """The heads of the preset's width were taken for those of every width, which no shape contradicts."""
+    config = make_student(teacher="nnet_ema.pth")
+    wider = replace(config.model, dim=192, num_heads=3)
+    torch.save(official_names(UViT(wider, seed=3).state_dict()), tmp_path / "nnet_ema.pth")
+    assert config.model.num_heads == 2
+    assert find_teacher(config, tmp_path / "run", WORLD).config.model == wider
+
+
+def test_official_teachers_predict_the_noise(make_student, tmp_path, capsys):
+    """They were taken to predict what the run does. Their schedule is the run's, which is said."""
+    config = make_student(teacher="nnet_ema.pth", diffusion=DiffusionConfig("vp", "v"), num_images=4)
+    torch.save(official_names(UViT(config.model, seed=3).state_dict()), tmp_path / "nnet_ema.pth")
+    for _ in range(2):
+        teacher = find_teacher(config, tmp_path / "run", WORLD)
+        fitted = fit_to_teacher(config, teacher, WORLD)
+        assert (fitted.diffusion.schedule, fitted.diffusion.prediction) == ("vp", "eps")
+        said = capsys.readouterr().err
+        assert "diffusion.prediction v -> eps" in said
+        # Of the copy it is known.
+        assert ("a file of U-ViT, which does not name its noise schedule: taken for vp; " in said) == (
+            teacher.checkpoint.path.name == "nnet_ema.pth"
+        )
+        train(config, tmp_path / "run")
+        capsys.readouterr()
+    assert teacher.checkpoint.path.name == TEACHER_NAME
 
 
 @pytest.mark.parametrize(("rows", "fits"), [(3, False), (4, True)])
