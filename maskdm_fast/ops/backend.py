@@ -37,6 +37,11 @@ _CUDA_DEVICE_MISSING = "there is no CUDA device"
 
 _named: str | None = None
 
+# The packages of the ops that have Triton kernels. Where these cannot run they are not loaded, and `IMPL` lacks them.
+_WITH_TRITON = frozenset(
+    f"{__package__}.{kernels.parent.name}" for kernels in Path(__file__).parent.glob("*/triton_impl.py")
+)
+
 
 def _load_cpu_library() -> str | None:
     """Load the compiled library; return None, or, with a warning, the reason why it is not there."""
@@ -190,9 +195,16 @@ def onednn_is_faster(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and _PREFER_ONEDNN and has_onednn()
 
 
+def _has(implementations: Mapping[str, ModuleType], backend: str) -> bool:
+    """Whether the op has `backend`, loaded or not."""
+    return backend in implementations or (
+        backend == "triton" and implementations["reference"].__package__ in _WITH_TRITON
+    )
+
+
 def is_named(implementations: Mapping[str, ModuleType], backend: str | None) -> bool:
     """Whether a backend of the op was named, here or by `use_backend`."""
-    return backend is not None or _named in implementations
+    return backend is not None or (_named is not None and _has(implementations, _named))
 
 
 def why_not(backend: str, device_type: str, dtype: torch.dtype | None = None) -> str | None:
@@ -223,6 +235,8 @@ _USABLE = {
 def use_backend(name: str) -> Iterator[None]:
     """Run every op of the block that has the backend `name` on it, in all threads of the process.
 
+    An op that has it but cannot run on it raises RuntimeError.
+
     Raises:
         ValueError: no such backend.
     """
@@ -241,7 +255,7 @@ def choose(op: str, implementations: Mapping[str, ModuleType], tensor: Tensor, b
 
     Args:
         op: name of the op, for messages.
-        implementations: the backends that the op has.
+        implementations: the backends of the op that are loaded.
         tensor: one of its arguments; its device and dtype count.
         backend: as given to the op.
 
@@ -250,7 +264,7 @@ def choose(op: str, implementations: Mapping[str, ModuleType], tensor: Tensor, b
         RuntimeError: the named backend cannot run.
     """
     named = backend
-    if named is None and _named in implementations:
+    if named is None and _named is not None and _has(implementations, _named):
         named = _named
     if named is None:
         for name in _USABLE.get(tensor.device.type, ()):
@@ -275,12 +289,7 @@ def status(implementations: Mapping[str, Mapping[str, ModuleType]]) -> dict[str,
             return why_not(backend, "cpu") or "ok"
         return why_not(backend, "cuda") or (_CUDA_DEVICE_MISSING if not has_cuda() else "ok")
 
-    def has(op: str, backend: str) -> bool:
-        # Triton kernels that cannot run are not loaded, so the table does not have them.
-        kernels = Path(__file__).parent / op / f"{backend}_impl.py"
-        return backend in implementations[op] or (backend == "triton" and kernels.exists())
-
-    return {op: {name: state(name) for name in BACKENDS if has(op, name)} for op in implementations}
+    return {op: {name: state(name) for name in BACKENDS if _has(table, name)} for op, table in implementations.items()}
 
 
 def apex_status() -> dict[str, str]:

@@ -294,6 +294,32 @@ def test_use_backend_leaves_ops_alone_that_do_not_have_it():
         ops.gelu(x, backend="sdpa")
 
 
+@pytest.mark.parametrize(
+    ("installed", "reason"), [(True, "tensor is on cpu"), (False, "triton is not installed")], ids=["cpu", "missing"]
+)
+@pytest.mark.parametrize("op", ops.IMPLEMENTATIONS)
+def test_triton_kernels_that_are_not_loaded_are_named_all_the_same(op, installed, reason, monkeypatch):
+    """The table of an op lacks them where they cannot run, which once looked like an op that has none."""
+    table = {name: module for name, module in ops.IMPLEMENTATIONS[op].items() if name != "triton"}
+    monkeypatch.setattr(backend, "_INSTALLED", backend._INSTALLED | {"triton": installed})
+    monkeypatch.setattr(backend, "_TRITON_INTERPRETED", False)
+    with ops.use_backend("triton"):
+        if op in ("gelu", "linear"):
+            assert not backend.is_named(table, None)
+            assert backend.choose(op, table, X, None) == "cpu"
+        else:
+            assert backend.is_named(table, None)
+            with pytest.raises(RuntimeError, match=f"{op}: backend 'triton' cannot run: {reason}"):
+                backend.choose(op, table, X, None)
+
+
+def test_an_op_without_the_named_backend_compiles():
+    x = torch.randn(2, 3)
+    with ops.use_backend("triton"):
+        out = torch.compile(ops.gelu, fullgraph=True, backend="eager")(x)
+    assert torch.equal(out, ops.gelu(x))
+
+
 def test_without_the_library_the_reference_serves():
     """As after an install with no compiler: everything works, and status says how to mend it."""
     code = """
