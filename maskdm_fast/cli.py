@@ -4,6 +4,7 @@ Exit codes: 0 done (also after SIGTERM or Ctrl-C, which save first); 1 training 
 as given; 75 a step of training hung and the watchdog ended the process; 130 stopped by a second Ctrl-C.
 """
 
+import argparse
 import dataclasses
 import difflib
 import os
@@ -275,7 +276,13 @@ def _bench(arguments: list[str]) -> int:
 def _info(arguments: list[str]) -> int:
     from maskdm_fast import commands
 
-    commands.info(_parse(commands.InfoOptions, arguments, f"{PROGRAM} info"))
+    # Not by tyro, which comes with an extra: an install without it must be able to ask what is missing.
+    program = f"{PROGRAM} info"
+    parser = argparse.ArgumentParser(program, description=commands.info.__doc__, allow_abbrev=False)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options, unknown = parser.parse_known_args(arguments)
+    _refuse(unknown, ["--json"], program)
+    commands.info(as_json=options.json)
     return 0
 
 
@@ -292,12 +299,17 @@ def _parse(kind: type[T], arguments: list[str], program: str) -> T:
     tyro = require("tyro")
     settings = {"prog": program, "config": (tyro.conf.AvoidSubcommands,), "registry": _registry(tyro)}
     options, unknown = tyro.cli(kind, args=arguments, return_unknown_args=True, **settings)
+    _refuse(unknown, _flags(kind), program)
+    return options
+
+
+def _refuse(unknown: list[str], flags: Iterable[str], program: str) -> None:
+    """Raise UsageError for the first argument that a command does not take; `flags` are the options that it has."""
     if unknown:
         what = f"'{unknown[0]}' is one argument too many"
         if unknown[0].startswith("-"):
-            what = f"unknown option '{unknown[0]}'; the nearest is '{_nearest(unknown[0], _flags(kind))}'"
+            what = f"unknown option '{unknown[0]}'; the nearest is '{_nearest(unknown[0], flags)}'"
         raise UsageError(f"{program}: {what} (see {program} --help)")
-    return options
 
 
 def _flags(kind: type, prefix: str = "", *, omit: bool = False) -> Iterator[str]:

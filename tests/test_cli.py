@@ -325,6 +325,19 @@ def test_info(capsys):
     assert found["apex"].keys() == {"FusedAdam", "FusedLayerNorm"}
 
 
+def test_info_needs_no_extra():
+    """An install of torch and numpy alone is told to ask it what is missing."""
+    code = """
+import sys
+from maskdm_fast import cli
+sys.modules |= dict.fromkeys(("tyro", "tqdm", "PIL", "safetensors", "braceexpand"))  # as if not installed
+assert cli.main(["info"]) == 0
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "masked_attention" in result.stdout
+
+
 def test_info_shows_what_cannot_run_and_says_why_once(capsys, monkeypatch):
     missing = {
         "_INSTALLED": {"triton": True, "xformers": False},

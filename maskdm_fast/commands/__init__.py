@@ -1,24 +1,30 @@
-"""What the commands pack, sample, evaluate, export, bench and info do."""
+"""What the commands pack, sample, evaluate, export, bench and info do.
 
-from maskdm_fast.commands.benchmarking import BenchOptions, bench
-from maskdm_fast.commands.evaluation import EvaluateOptions, evaluate
-from maskdm_fast.commands.exporting import ExportOptions, export
-from maskdm_fast.commands.machine_info import InfoOptions, collect_info, info
-from maskdm_fast.commands.packing import PackOptions, pack
-from maskdm_fast.commands.sampling import SampleOptions, sample
+Each module is imported when one of its names is asked for: all but that of info need packages of the extra train.
+"""
 
-__all__ = [
-    "BenchOptions",
-    "EvaluateOptions",
-    "ExportOptions",
-    "InfoOptions",
-    "PackOptions",
-    "SampleOptions",
-    "bench",
-    "collect_info",
-    "evaluate",
-    "export",
-    "info",
-    "pack",
-    "sample",
-]
+import importlib
+from typing import Any
+
+_HOMES = {
+    "BenchOptions": "benchmarking",
+    "EvaluateOptions": "evaluation",
+    "ExportOptions": "exporting",
+    "PackOptions": "packing",
+    "SampleOptions": "sampling",
+    "bench": "benchmarking",
+    "collect_info": "machine_info",
+    "evaluate": "evaluation",
+    "export": "exporting",
+    "info": "machine_info",
+    "pack": "packing",
+    "sample": "sampling",
+}
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

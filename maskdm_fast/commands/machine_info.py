@@ -3,7 +3,6 @@
 import json
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from maskdm_fast.ops import IMPLEMENTATIONS, backend
@@ -13,18 +12,10 @@ from maskdm_fast.train.metrics import git_commit, machine, package_versions
 _WRAPPER = textwrap.TextWrapper(100, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
 
 
-@dataclass(frozen=True)
-class InfoOptions:
+def info(*, as_json: bool = False) -> None:
     """Show what this machine can run, and what is missing: versions, devices, native library, backends of every op."""
-
-    json: bool = False
-    """Print one JSON object."""
-
-
-def info(options: InfoOptions) -> None:
-    """Print what `collect_info` finds, as text or JSON."""
     found = collect_info()
-    print(json.dumps(found, indent=1) if options.json else "\n".join(_lines(found)))
+    print(json.dumps(found, indent=1) if as_json else "\n".join(_lines(found)))
 
 
 def collect_info() -> dict[str, Any]:
