@@ -7,8 +7,9 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     """Cut ``[B, C, height, width]`` into patch vectors ``[B, N, P*P*C]``, patches row by row.
 
     Raises:
-        ValueError: if `images` is not 4-D or `patch_size` does not divide both sides.
+        ValueError: if `images` is not 4-D or `patch_size` does not divide both sides, or is no size.
     """
+    _check_patch_size("patchify", patch_size)
     if images.ndim != 4 or images.shape[2] % patch_size or images.shape[3] % patch_size:
         raise ValueError(
             f"patchify: images has shape {list(images.shape)}, want [B, C, height, width] "
@@ -23,8 +24,9 @@ def unpatchify(tokens: Tensor, patch_size: int, height: int, width: int, channel
     """Put patch vectors ``[B, N, P*P*C]`` together to ``[B, C, height, width]``: the inverse of `patchify`.
 
     Raises:
-        ValueError: if `tokens` does not have the shape that the other arguments imply.
+        ValueError: if `tokens` does not have the shape that the other arguments imply, or `patch_size` is no size.
     """
+    _check_patch_size("unpatchify", patch_size)
     rows, columns = height // patch_size, width // patch_size
     want = [rows * columns, patch_size**2 * channels]
     if height % patch_size or width % patch_size or tokens.ndim != 3 or list(tokens.shape[1:]) != want:
@@ -34,3 +36,8 @@ def unpatchify(tokens: Tensor, patch_size: int, height: int, width: int, channel
         )
     patches = tokens.reshape(-1, rows, columns, patch_size, patch_size, channels)
     return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, height, width)
+
+
+def _check_patch_size(who: str, patch_size: int) -> None:
+    if patch_size < 1:
+        raise ValueError(f"{who}: patch_size is {patch_size}, want at least 1")

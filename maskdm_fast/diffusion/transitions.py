@@ -203,6 +203,8 @@ def dpmpp_2m_transitions(schedule: NoiseSchedule, num_steps: int) -> list[Transi
     transitions = _straight(levels, eta=0.0)
     for index in range(1, num_steps - 1):
         before, here, there = levels[index - 1 : index + 2]
+        if here.half_log_snr == before.half_log_snr:  # of a schedule of one time
+            continue
         last = (there.half_log_snr - here.half_log_snr) / (2.0 * (here.half_log_snr - before.half_log_snr))
         step = transitions[index]
         transitions[index] = Transition(step.t, step.c_x0 * (1.0 + last), step.c_xt, c_last=-step.c_x0 * last)

@@ -32,5 +32,8 @@ def test_errors():
         patchify(torch.zeros(3, 8, 8), 4)
     with pytest.raises(ValueError, match=r"tokens has shape \[1, 4, 47\], want \[B, 4, 48\] for 3 channels of 8x8"):
         unpatchify(torch.zeros(1, 4, 47), 4, 8, 8, 3)
+    for call in (lambda: patchify(torch.zeros(1, 3, 8, 8), 0), lambda: unpatchify(torch.zeros(1, 4, 48), 0, 8, 8, 3)):
+        with pytest.raises(ValueError, match="patchify: patch_size is 0, want at least 1"):
+            call()
     with pytest.raises(ValueError, match="multiples of 4"):
         unpatchify(torch.zeros(1, 4, 48), 4, 9, 8, 3)

@@ -16,10 +16,12 @@ from maskdm_fast.diffusion import (
 from maskdm_fast.diffusion.schedule import SCHEDULES
 from maskdm_fast.diffusion.transitions import ddim_transitions, ddpm_transitions
 
+# Those whose least noise is next to none, and whose greatest leaves next to nothing of the image.
+WHOLE = [name for name in SCHEDULES if name != "scaled-linear"]
 ORDERS = {"ddim": 1, "euler": 1, "heun": 2, "dpmpp_2m": 2}
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", WHOLE)
 @pytest.mark.parametrize("sampler", ORDERS)
 def test_order_of_convergence(gaussian, name, sampler):
     """With twice the steps, the error to the exact ODE falls by 2 or 4."""
@@ -39,7 +41,7 @@ def test_order_of_convergence(gaussian, name, sampler):
     assert order.item() == pytest.approx(ORDERS[sampler], abs=0.15), errors
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", WHOLE)
 @pytest.mark.parametrize("sampler", ORDERS)
 def test_the_limit_is_the_law_of_the_data(gaussian, name, sampler):
     schedule = make_schedule(name, 128)
@@ -49,7 +51,7 @@ def test_the_limit_is_the_law_of_the_data(gaussian, name, sampler):
     assert (shift - gaussian.mean).abs().max() < 0.01
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", WHOLE)
 @pytest.mark.parametrize("eta", [0.5, 1.0])
 def test_noisy_chains_converge_to_the_law_of_the_data(gaussian, name, eta):
     schedule, errors = make_schedule(name, 128), []
@@ -181,6 +183,15 @@ def test_the_table_of_the_docs_is_the_computed_one(gaussian):
             slope, _, _ = gaussian.chain(make_schedule(name), transitions)
             want.append(f"{100 * (slope / gaussian.std - 1).abs().max():.2f} %")
         assert [cell.strip() for cell in cells.split("|")] == want, (name, sampler)
+
+
+def test_a_schedule_of_one_time_takes_steps_in_place():
+    """dpmpp_2m divided by their width."""
+    schedule = cosine_schedule(1)
+    for sampler in ("euler", "heun", "dpmpp_2m"):
+        *before, last = make_transitions(schedule, sampler, 3)
+        assert all((step.t, step.c_x0 + step.c_last, step.c_xt) == (0.0, 0.0, 1.0) for step in before)
+        assert (last.c_x0, last.c_xt) == (1.0, 0.0)
 
 
 def test_ddim_at_times_of_ones_own():
