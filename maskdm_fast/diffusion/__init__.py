@@ -16,6 +16,7 @@ from maskdm_fast.diffusion.schedule import (
     cosine_schedule,
     linear_schedule,
     make_schedule,
+    scaled_linear_schedule,
     shifted_cosine_schedule,
 )
 from maskdm_fast.diffusion.timesteps import TimestepDraw
@@ -49,6 +50,7 @@ __all__ = [
     "make_transitions",
     "patchify",
     "sample",
+    "scaled_linear_schedule",
     "shifted_cosine_schedule",
     "to_eps",
     "to_v",

@@ -80,13 +80,14 @@ class DiscreteSchedule(NoiseSchedule):
 
     Args:
         alpha_bar: float64 ``[T]``, inside (0, 1), strictly decreasing: the share of signal variance left at t.
+        first_input: what the network is given for t = 0; some codes count their times from 1.
 
     Raises:
         TypeError: if `alpha_bar` is not float64.
         ValueError: if its shape or values are not as above.
     """
 
-    def __init__(self, alpha_bar: Tensor):
+    def __init__(self, alpha_bar: Tensor, first_input: int = 0):
         if alpha_bar.dtype != torch.float64:
             raise TypeError(f"DiscreteSchedule: alpha_bar is {alpha_bar.dtype}, want torch.float64")
         if alpha_bar.ndim != 1 or alpha_bar.numel() == 0:
@@ -94,6 +95,7 @@ class DiscreteSchedule(NoiseSchedule):
         if not ((alpha_bar > 0) & (alpha_bar < 1)).all() or not (alpha_bar.diff() < 0).all():
             raise ValueError("DiscreteSchedule: alpha_bar must lie inside (0, 1) and strictly decrease")
         self.alpha_bar = alpha_bar.detach().cpu().clone()
+        self.first_input = first_input
         self.num_timesteps = self.alpha_bar.numel()
         # Squares are subtracted in float64 and only the roots rounded: 1 - float32(alpha)^2 loses sigma near t = 0.
         table = torch.stack((self.alpha_bar.sqrt(), (1.0 - self.alpha_bar).sqrt())).to(torch.float32)
@@ -103,20 +105,20 @@ class DiscreteSchedule(NoiseSchedule):
         self.noise_range = least, max(least, min(greatest, _MOST_NOISE))
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """See `NoiseSchedule`; an integer `t` reads a table, 0..T-1, any other is interpolated."""
+        """See `NoiseSchedule`; an integer `t`, in 0..T-1, reads a table; any other is interpolated, and clamped."""
         table, log_snr = self._on(t.device)
         if not t.is_floating_point():
-            alpha, sigma = table
-            return alpha[t], sigma[t]
-        place = t.to(torch.float64)
-        below = place.floor().clamp(0, self.num_timesteps - 1).long()
+            # Unlike table[:, t] this takes no -1 for T-1.
+            return table.index_select(1, t.flatten()).view(2, *t.shape).unbind()
+        place = t.to(torch.float64).clamp(0, self.num_timesteps - 1)
+        below = place.floor().long()
         above = (below + 1).clamp(max=self.num_timesteps - 1)
         between = torch.lerp(log_snr[below], log_snr[above], place - below)
         return _unit_variance(between, torch.float64 if t.dtype == torch.float64 else torch.float32)
 
     def time_input(self, t: Tensor) -> Tensor:
-        """`t` itself."""
-        return t
+        """`t` itself, or counted from `first_input`."""
+        return t + self.first_input if self.first_input else t
 
     def timesteps(self, u: Tensor) -> Tensor:
         """``floor(u T)``, int64. The product is exact in float64, so a uniform below 1 never reaches T."""
@@ -158,9 +160,9 @@ class VPSchedule(NoiseSchedule):
     """
 
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0):
-        if not 0.0 < beta_min < beta_max:
+        if not 0.0 < beta_min < beta_max < math.inf:
             raise ValueError(
-                f"VPSchedule: beta_min is {beta_min} and beta_max {beta_max}, want 0 < beta_min < beta_max"
+                f"VPSchedule: beta_min is {beta_min} and beta_max {beta_max}, want 0 < beta_min < beta_max < infinity"
             )
         self.beta_min, self.beta_max = beta_min, beta_max
 
@@ -177,7 +179,8 @@ class VPSchedule(NoiseSchedule):
 
     def t_of_log_snr(self, log_snr: Tensor) -> Tensor:
         # -2 ln alpha = softplus(-log_snr) = t^2 (beta_max - beta_min) / 2 + t beta_min, solved without cancellation.
-        value = torch.nn.functional.softplus(-log_snr.to(torch.float64))
+        # At beta_max that is past t = 1; more, up to infinity, would say the same.
+        value = torch.nn.functional.softplus(-log_snr.to(torch.float64)).clamp(max=self.beta_max)
         root = (self.beta_min**2 + 2.0 * (self.beta_max - self.beta_min) * value).sqrt()
         return (2.0 * value / (self.beta_min + root)).clamp(0.0, 1.0)
 
@@ -278,6 +281,19 @@ def linear_schedule(num_timesteps: int = 1000) -> DiscreteSchedule:
     return DiscreteSchedule(torch.cumprod(1.0 - beta, dim=0))
 
 
+def scaled_linear_schedule() -> DiscreteSchedule:
+    """1000 times, ``sqrt(beta)`` from that of 0.00085 to that of 0.012 in equal steps; the network is given t + 1.
+
+    What latent diffusion and U-ViT-H were trained with; U-ViT counts the times from 1. It ends before the image is all
+    noise, with a signal-to-noise ratio of 0.005.
+
+    Source: Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", CVPR 2022, and Bao et al.,
+    "All are Worth Words: A ViT Backbone for Diffusion Models", CVPR 2023, by their codes.
+    """
+    beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    return DiscreteSchedule(torch.cumprod(1.0 - beta, dim=0), first_input=1)
+
+
 def cosine_schedule(num_timesteps: int = 1000) -> DiscreteSchedule:
     """``alpha_bar = cumprod(1 - beta)`` with ``beta_t = min(1 - f(t+1)/f(t), 0.999)``.
 
@@ -315,6 +331,7 @@ def shifted_cosine_schedule(image_size: int, num_timesteps: int = 1000) -> Discr
 
 SCHEDULES: dict[str, Callable[[int], NoiseSchedule]] = {
     "linear": lambda image_size: linear_schedule(),
+    "scaled-linear": lambda image_size: scaled_linear_schedule(),
     "cosine": lambda image_size: cosine_schedule(),
     "shifted-cosine": shifted_cosine_schedule,
     "vp": lambda image_size: VPSchedule(),
@@ -328,7 +345,7 @@ def make_schedule(name: str, image_size: int = 64) -> NoiseSchedule:
     """The schedule called `name`, the discrete ones with 1000 times.
 
     Args:
-        name: linear, cosine, shifted-cosine, vp, flow or edm.
+        name: linear, scaled-linear, cosine, shifted-cosine, vp, flow or edm.
         image_size: side of the images in pixels; only shifted-cosine asks for it.
 
     Raises:

@@ -30,9 +30,9 @@ NO_DATA = "none"
 class DiffusionConfig:
     """The noise process and what the network predicts."""
 
-    schedule: Literal["linear", "cosine", "shifted-cosine", "vp", "flow", "edm"] = "cosine"
-    """Noise schedule: linear and cosine over 1000 time steps, cosine shifted by the image size, or in continuous time
-    the VP-SDE, rectified flow, EDM."""
+    schedule: Literal["linear", "scaled-linear", "cosine", "shifted-cosine", "vp", "flow", "edm"] = "cosine"
+    """Noise schedule: linear, scaled-linear (of latent diffusion) and cosine over 1000 time steps, cosine shifted by
+    the image size, or in continuous time the VP-SDE, rectified flow, EDM."""
     prediction: Literal["eps", "x0", "v", "flow", "edm"] = "eps"
     """What the network predicts: the noise, the clean image, or v = alpha * eps - sigma * x0; flow (eps - x0) or x0
     with schedule flow; edm (the preconditioned network) or x0 with schedule edm."""

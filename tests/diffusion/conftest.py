@@ -11,7 +11,12 @@ from maskdm_fast.diffusion.prediction import coefficients
 MEAN = torch.linspace(-0.6, 0.6, 16, dtype=torch.float64).view(4, 4)  # of each value of the tokens [N, P*P*C]
 STD = torch.linspace(0.15, 0.6, 16, dtype=torch.float64).view(4, 4)
 
-TIME_OF_INPUT = {"vp": lambda t: t / 999, "flow": lambda t: t / 1000, "edm": lambda t: torch.exp(t / 100)}
+TIME_OF_INPUT = {
+    "scaled-linear": lambda t: t - 1,
+    "vp": lambda t: t / 999,
+    "flow": lambda t: t / 1000,
+    "edm": lambda t: torch.exp(t / 100),
+}
 
 
 def gain(alpha, sigma):

@@ -10,10 +10,11 @@ from maskdm_fast.diffusion import (
     cosine_schedule,
     linear_schedule,
     make_schedule,
+    scaled_linear_schedule,
     shifted_cosine_schedule,
 )
 
-NAMES = ("linear", "cosine", "shifted-cosine", "vp", "flow", "edm")
+NAMES = ("linear", "scaled-linear", "cosine", "shifted-cosine", "vp", "flow", "edm")
 LEAST = {"vp": 1e-4, "flow": 1e-4, "edm": 1e-3}
 GREATEST = {"vp": 1.0, "flow": 0.999, "edm": 100.0}
 
@@ -26,6 +27,7 @@ def times_of(name, num=301):
     ("name", "anchors"),
     [
         ("linear", {0: (0.9999, 1e-12), 499: (0.0786, 5e-5), 999: (4.04e-5, 5e-8)}),
+        ("scaled-linear", {0: (0.99915, 1e-12), 499: (0.2777, 5e-5), 999: (4.66e-3, 5e-6)}),
         ("cosine", {0: (0.99996, 5e-6), 499: (0.494, 5e-4), 999: (2.4e-9, 5e-11)}),
     ],
 )
@@ -74,6 +76,28 @@ def test_discrete_times_between_whole_ones_are_interpolated():
     torch.testing.assert_close(here[1], 0.75 * here[0] + 0.25 * here[2])
 
 
+def test_times_that_are_none():
+    """-1 was T - 1, and a time before the first was extrapolated where one after the last was not."""
+    schedule = cosine_schedule(50)
+    for beyond, end in ((-50.0, 0), (-0.5, 0), (49.5, 49), (2000.0, 49)):
+        for values, table in zip(
+            schedule.alpha_sigma(torch.tensor([beyond])), schedule.alpha_sigma(torch.tensor([end])), strict=True
+        ):
+            torch.testing.assert_close(values, table)
+    for beyond in (-1, 50):
+        with pytest.raises((IndexError, RuntimeError), match="out of"):
+            schedule.alpha_sigma(torch.tensor([0, beyond]))
+    assert schedule.alpha_sigma(torch.tensor(7))[0].shape == ()
+
+
+def test_scaled_linear_counts_from_one():
+    schedule, t = scaled_linear_schedule(), torch.tensor([0, 999])
+    assert schedule.time_input(t).tolist() == [1, 1000]
+    beta = 1 - schedule.alpha_bar[1:] / schedule.alpha_bar[:-1]
+    steps = beta.sqrt().diff()
+    torch.testing.assert_close(steps, steps[:1].expand_as(steps), rtol=1e-7, atol=0.0)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_scales_are_monotone_and_come_in_the_dtype_of_the_times(name):
     schedule, t = make_schedule(name, 128), times_of(name)
@@ -110,6 +134,9 @@ def test_time_of_a_noise_level_is_the_inverse(name):
         assert 0 <= beyond[0] < 1e-6 and beyond[1] == pytest.approx(
             schedule.num_timesteps - 1 if schedule.num_timesteps else 1
         )
+    # Where alpha is 0 in float32 its logarithm says so.
+    last = schedule.t_of_log_snr(torch.tensor(-math.inf))
+    assert last == (math.inf if name == "edm" else schedule.num_timesteps - 1 if schedule.num_timesteps else 1)
     assert cosine_schedule(1).t_of_log_snr(torch.tensor([3.0])).item() == 0
 
 
@@ -163,14 +190,17 @@ def test_sampling_times():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="unknown noise schedule 'sigmoid', want one of linear, cosine, "):
+    with pytest.raises(
+        ValueError, match="unknown noise schedule 'sigmoid', want one of linear, scaled-linear, cosine, "
+    ):
         make_schedule("sigmoid")
     with pytest.raises(ValueError, match="num_timesteps is 20, want more than 20"):
         linear_schedule(20)
     with pytest.raises(ValueError, match="image_size is 0"):
         shifted_cosine_schedule(0)
-    with pytest.raises(ValueError, match="want 0 < beta_min < beta_max"):
-        VPSchedule(1.0, 0.5)
+    for beta in ((1.0, 0.5), (0.1, math.inf)):
+        with pytest.raises(ValueError, match="want 0 < beta_min < beta_max < infinity"):
+            VPSchedule(*beta)
     with pytest.raises(ValueError, match="num_timesteps is 0"):
         cosine_schedule(0)
     with pytest.raises(TypeError, match=r"alpha_bar is torch\.float32, want torch\.float64"):

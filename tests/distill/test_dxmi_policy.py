@@ -26,7 +26,12 @@ from maskdm_fast.distill.dxmi_rollout import draw, rollout
 from maskdm_fast.models import UViT, UViTConfig
 
 STD = 0.6
-TIME_OF_INPUT = {"vp": lambda t: t / 999, "flow": lambda t: t / 1000, "edm": lambda t: torch.exp(t / 100)}
+TIME_OF_INPUT = {
+    "scaled-linear": lambda t: t - 1,
+    "vp": lambda t: t / 999,
+    "flow": lambda t: t / 1000,
+    "edm": lambda t: torch.exp(t / 100),
+}
 
 
 class GaussianNetwork(torch.nn.Module):
