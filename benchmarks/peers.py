@@ -58,7 +58,7 @@ def noise_visible_patches(case: Any, place: Place = HERE) -> Iterator[Task]:
         peers,
         run=lambda function: function(),
         check=lambda function: function(eps=eps),
-        compiled=lambda name: compile_static(peers[name]),
+        compiled=lambda name: compile_static(peers[name], place.device),
         to_compile=tuple(peers),
     )
 
