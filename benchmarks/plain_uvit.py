@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.tasks import compile_static
 from maskdm_fast.diffusion import NoiseSchedule
 from maskdm_fast.models import UViT
 from maskdm_fast.models.layers import timestep_embedding
@@ -175,7 +176,7 @@ class PlainStep:
         )
         self.count = 0
         loss = self._official_loss if official else self._loss
-        self.loss = torch.compile(loss, fullgraph=True, dynamic=False) if compile else loss
+        self.loss = compile_static(loss, self.params[0].device.type) if compile else loss
 
     def _patches(self, images: Tensor) -> Tensor:
         """uint8 ``[B, h, w, C]`` to ``[B, N, P*P*C]``, still uint8."""
@@ -228,6 +229,11 @@ class PlainStep:
 
     def __call__(self, images: Tensor, draws: Draws | None = None) -> Tensor:
         loss = self.gradients(images, draws)
+        self.update()
+        return loss
+
+    def update(self) -> None:
+        """Clip, AdamW and EMA, of the gradients that are in the parameters."""
         self.count += 1
         torch.nn.utils.clip_grad_norm_(self.params, self.settings.max_grad_norm, foreach=not self.official)
         self.optimizer.step()
@@ -239,4 +245,3 @@ class PlainStep:
                     ema.lerp_(param, rate)
             else:
                 torch._foreach_lerp_(self.emas, self.params, rate)
-        return loss

@@ -1,6 +1,6 @@
 """Measure a whole train step against plain PyTorch and against its bare matrix products: ``python -m benchmarks.step``.
 
-Contestants, which take turns in one process after a check that their losses and gradients agree:
+Contestants, which take turns in one process after a check that their losses, gradients and updates agree:
 
 - ours: `DenoisingStage.step`, what training runs;
 - plain: the same network from PyTorch's layers, as well written as PyTorch allows (`benchmarks.plain_uvit`);
@@ -9,6 +9,7 @@ Contestants, which take turns in one process after a check that their losses and
 - matmul: nothing but the matrix products of the step (Linears, and q k^T and p v of attention, forward and backward).
 """
 
+import copy
 import dataclasses
 import json
 import sys
@@ -17,9 +18,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks import harness
-from benchmarks.plain_uvit import Draws, PlainStep
+from benchmarks.plain_uvit import Draws, PlainStep, PlainUViT
 from maskdm_fast import random
 from maskdm_fast.diffusion import MaskedObjective, NoMask, PatchMask, make_schedule
 from maskdm_fast.models import CONFIGS, UViT, UViTConfig
@@ -162,7 +164,8 @@ class Contest:
         self._num_steps += 1
 
     def check_parity(self) -> None:
-        """Raise AssertionError unless every peer has our loss and our gradients, given our draws."""
+        """Raise AssertionError unless every peer has our loss and our gradients, given our draws, and makes of equal
+        gradients the weights and averages that ours makes. All of them are two steps further then."""
         model, mask = self.case.model, self.case.mask
         draw = {"seed": self.config.seed, "step": 0, "slots": self.slots}
         objective = MaskedObjective(make_schedule("linear"), mask, model.patch_size)
@@ -181,8 +184,38 @@ class Contest:
                 atol = 1e-3 * want.abs().max().item()
                 message = f"{self.case}, {name}, {what}: "
                 torch.testing.assert_close(have, want, rtol=1e-3, atol=atol, msg=lambda text, m=message: m + text)
-            peer.optimizer.zero_grad(set_to_none=True)
-        self.engine.model.zero_grad(set_to_none=True)
+        self._check_updates({name: param.grad.clone() for name, param in self.engine.model.named_parameters()})
+
+    def _check_updates(self, gradients: dict[str, Tensor]) -> None:
+        """One update of gradients within the largest norm, and one far beyond, which shows where it is not cut."""
+        model, stage = self.engine.model, self.config.stage
+        norm = torch.nn.utils.get_total_norm(gradients.values())
+        for share in (0.5, 20.0):
+            scaled = {name: grad * (share * stage.max_grad_norm / norm) for name, grad in gradients.items()}
+            for name, param in model.named_parameters():
+                param.grad = scaled[name]
+            for peer in self.peers.values():
+                for param, grad in zip(peer.params, self._laid_out(peer, scaled), strict=True):
+                    param.grad = grad
+                peer.update()
+            self.engine.step(stage.lr)
+        for name, peer in self.peers.items():
+            for what, have, values in (
+                ("weight", peer.params, model.state_dict()),
+                ("average", peer.emas, self.engine.averaged()),
+            ):
+                for i, pair in enumerate(zip(have, self._laid_out(peer, values), strict=True)):
+                    # A share of the step, which is far less than the weight.
+                    message = f"{self.case}, {name}, {what} {i}: "
+                    torch.testing.assert_close(
+                        *pair, rtol=0.0, atol=1e-2 * stage.lr, msg=lambda text, m=message: m + text
+                    )
+
+    def _laid_out(self, peer: PlainStep, values: dict[str, Tensor]) -> list[Tensor]:
+        """What stands for our parameters, by name, in the order and the shapes of those of a peer."""
+        model = copy.deepcopy(self.engine.model)
+        model.load_state_dict({**model.state_dict(), **values})
+        return [param.detach() for param in PlainUViT(model, official=peer.official).parameters()]
 
     def functions(self) -> dict[str, Callable[[], Any]]:
         """What is timed, by name."""
@@ -244,6 +277,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--size", choices=sorted({case.size for case in CASES}), help="only this size")
     parser.add_argument("--no-compile", action="store_true", help="leave the compiled peer out (it takes minutes)")
     options = harness.prepare(parser, arguments)
+    harness.refuse_to_save_a_part(parser, options, "size", "no_compile")
     result = harness.environment()
     cases = [case for case in CASES if options.size in (None, case.size)]
     result["rows"] = []

@@ -1,5 +1,6 @@
 """The train-step and sampling benchmarks: the shape of the result, and that a peer which is wrong is found."""
 
+import dataclasses
 import json
 
 import pytest
@@ -52,7 +53,7 @@ def test_products_are_those_of_the_network():
         assert counter.get_total_flops() == step.flops(case)
 
 
-@pytest.mark.parametrize("what", ["value", "gradient"])
+@pytest.mark.parametrize("what", ["value", "gradient", "clipping", "decay", "average"])
 def test_a_peer_that_computes_something_else_is_found(what):
     contest = step.Contest(step.CASES[0], compile_peer=False)
     contest.check_parity()
@@ -60,10 +61,26 @@ def test_a_peer_that_computes_something_else_is_found(what):
     if what == "value":
         with torch.no_grad():
             peer.network.head.bias += 0.1
-    else:
+    elif what == "gradient":
         peer.network.blocks[0].norm1.weight.register_hook(lambda grad: grad * 1.1)
+    elif what == "clipping":
+        peer.settings = dataclasses.replace(peer.settings, max_grad_norm=1e9)
+    elif what == "decay":
+        peer.optimizer.param_groups[0]["weight_decay"] = 0.0
+    else:
+        peer.settings = dataclasses.replace(peer.settings, ema_half_life_images=1)
     with pytest.raises(AssertionError, match="official_way"):
         contest.check_parity()
+
+
+def test_nothing_is_timed_that_was_not_compared(monkeypatch):
+    def differ(contest):
+        raise AssertionError("they differ")
+
+    monkeypatch.setattr(step.Contest, "check_parity", differ)
+    monkeypatch.setattr(harness, "interleave", lambda *args: pytest.fail("they are timed"))
+    with pytest.raises(AssertionError, match="they differ"):
+        step.measure(step.CASES[0], repeats=1, compile_peer=False)
 
 
 def test_table_shows_ratios_to_the_products():
