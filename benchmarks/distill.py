@@ -128,6 +128,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--num-images", type=int, default=2_000, help="that are scored (default: %(default)s)")
     parser.add_argument("--figure", type=Path, help="draw samples of all to this file")
     options = harness.prepare(parser, arguments)
+    harness.refuse_to_save_a_part(parser, options, "students")
     if options.num_images < 2:
         parser.error("--num-images must be at least 2")
     found = samplers(options.runs, options.students)

@@ -36,6 +36,7 @@ from maskdm_fast.random import Stream
 from maskdm_fast.train.extras import require
 
 NUM_STEPS = 5
+SEEDS = 5
 BOX = 4.0
 """Half the side of the square that holds the data: where the noise is that the energy has to tell from them."""
 RADIUS, STD = 4 / 1.414, 0.5 / 1.414
@@ -308,13 +309,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.dxmi2d", description=__doc__.partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--save", action="store_true", help="also write benchmarks/results/dxmi2d-<machine>.json")
-    parser.add_argument("--seeds", type=int, default=5, help="runs of each arm (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="runs of each arm (default: %(default)s)")
     parser.add_argument("--iterations", type=int, default=Recipe.iterations, help="default: %(default)s")
     parser.add_argument("--processes", type=int, default=1, help="runs at a time, one thread each (default: 1)")
     parser.add_argument("--figure", type=Path, help="draw samples and energies of the first seed to this file")
     options = parser.parse_args(arguments)
     if min(options.seeds, options.iterations, options.processes) < 1:
         parser.error("--seeds, --iterations and --processes must be at least 1")
+    harness.refuse_to_save_a_part(parser, options, "seeds", "iterations")
     recipe = Recipe(iterations=options.iterations)
     result = harness.environment()
     result["recipe"] = dataclasses.asdict(recipe)

@@ -184,3 +184,11 @@ def prepare(parser: argparse.ArgumentParser, arguments: list[str] | None) -> arg
     # Inductor looks for a CUDA toolkit and warns where there is no GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     return options
+
+
+def refuse_to_save_a_part(parser: argparse.ArgumentParser, options: argparse.Namespace, *names: str) -> None:
+    """An error where ``--save`` comes with one of these options: what it leaves out would be lost from the result."""
+    given = [name for name in names if getattr(options, name) != parser.get_default(name)]
+    if options.save and given:
+        words = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+        parser.error(f"--save is for the whole benchmark; leave {words} out")

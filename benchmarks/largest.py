@@ -60,6 +60,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="bf16")
     parser.add_argument("--micro-batch-size", type=int, default=8, help="images of a GPU's micro-batch")
     options = parser.parse_args(arguments)
+    if options.micro_batch_size < 1:
+        parser.error("--micro-batch-size must be at least 1")
+    if not (options.device_gb > 0 and options.host_gb > 0):
+        parser.error("--device-gb and --host-gb must be more than 0")
     print("| engine |" + "".join(f" {count} GPU{'s' * (count > 1)} |" for count in PROCESSES))
     print("|---|" + "--:|" * len(PROCESSES))
     for engine in ENGINES:

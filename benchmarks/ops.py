@@ -120,6 +120,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--op", choices=list(peers.BUILDERS), help="only this op (gather_tokens includes scatter_tokens)"
     )
     options = harness.prepare(parser, arguments)
+    harness.refuse_to_save_a_part(parser, options, "op")
     result = report([options.op] if options.op else list(peers.BUILDERS), repeats=options.repeats)
     if options.save:
         harness.save(result, "ops")

@@ -1,6 +1,7 @@
 """Write the tables of the README and of docs/ from benchmarks/results and the kernel budget: ``python -m
 benchmarks.readme``."""
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,8 @@ def prediction_tables(result: dict[str, Any]) -> str:
     lines += [
         "",
         "Images per second of an eager step (where launches bound it, also of one captured in a CUDA graph); MFU; what "
-        f"bounds it. Commit {short_commit(result['commit'])}, torch {result['versions']['torch']}; `{result['command']}`.",
+        f"bounds it. Commit {short_commit(result['commit'])}, torch {result['versions']['torch']}; "
+        f"`{result['command']}`.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -201,6 +203,12 @@ def updated(path: Path, table: str) -> str:
     return before + BEGIN + table + END + after
 
 
-if __name__ == "__main__":
+def main(arguments: list[str] | None = None) -> None:
+    """The command line; see ``--help``."""
+    argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__).parse_args(arguments)
     for page, content in pages().items():
         page.write_text(updated(page, content))
+
+
+if __name__ == "__main__":
+    main()

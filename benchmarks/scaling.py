@@ -332,6 +332,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES, help="default: all")
     parser.add_argument("--processes", nargs="+", type=int, default=_counts(), help="default: %(default)s")
     options = harness.prepare(parser, arguments)
+    harness.refuse_to_save_a_part(parser, options, "size", "batch", "precision", "engines", "processes")
+    if min(options.batch, *options.processes) < 1:
+        parser.error("--batch and --processes must be at least 1")
     if any(options.batch % count for count in options.processes):
         parser.error(f"--batch {options.batch} must be a multiple of every number of processes")
     engines = [engine for engine in ENGINES if engine in options.engines]

@@ -39,6 +39,7 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(distill, "PRESETS", presets)
     monkeypatch.setattr(distill, "load_features", lambda name: MeanFeatures())
     monkeypatch.setattr(distill, "TEACHER_STEPS", (3, 10))
+    monkeypatch.setattr(distill, "STUDENTS", (SID,))
     monkeypatch.setattr(distill, "BATCH_SIZE", 4)
     monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
     threads = torch.get_num_threads()
@@ -46,16 +47,15 @@ def small(monkeypatch, tmp_path):
     torch.set_num_threads(threads)
 
 
-def test_all_are_trained_scored_and_timed(small, capsys):
+def test_all_are_trained_scored_and_timed(small, monkeypatch, capsys):
     command = ["--json", "--save", "--threads", "1", "--repeats", "1", "--num-images", "16"]
-    command += ["--students", SID, "--runs", str(small / "runs"), "--figure", str(small / "figure.png")]
+    command += ["--runs", str(small / "runs"), "--figure", str(small / "figure.png")]
     distill.main(command)
     lines = capsys.readouterr().out.strip().splitlines()
     result = json.loads(lines[-1])
     rows = result["rows"]
     assert [(row["run"], row["steps"]) for row in rows] == [("emoji32", 3), ("emoji32", 10), (SID, 1)]
     assert all(row["fd_lite0"] > 0 and row["images_per_s"] > 0 and row["images_trained"] == 8 for row in rows)
-    assert rows[1]["speed"] == 1.0
     assert len({row["fd_lite0"] for row in rows}) == 3
     assert (small / "figure.png").read_bytes().startswith(b"\x89PNG")
     (saved,) = (small / "results").iterdir()
@@ -65,6 +65,13 @@ def test_all_are_trained_scored_and_timed(small, capsys):
     out = capsys.readouterr().out
     assert SID in out and "speed: against the teacher's ten steps" in out
     assert "images/s, " not in out
+    # Four images in 50, 100 and 10 ms.
+    monkeypatch.setattr(
+        harness, "interleave", lambda draws, repeats: dict(zip(draws, (50.0, 100.0, 10.0), strict=True))
+    )
+    distill.main([*command[:1], *command[2:]])
+    rows = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["rows"]
+    assert [(row["speed"], row["images_per_s"]) for row in rows] == [(2.0, 80.0), (1.0, 40.0), (10.0, 400.0)]
 
 
 def test_every_student_of_the_presets_is_compared():

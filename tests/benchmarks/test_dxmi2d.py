@@ -61,6 +61,32 @@ def test_numbers_are_the_same_one_by_one(monkeypatch):
     assert torch.equal(*samples)
 
 
+def test_what_is_judged_is_the_running_mean():
+    """Of the weights after each iteration, which a mean that forgets all else shows; it forgets faster at first."""
+
+    def weights(iterations, ema):
+        models = dxmi2d.train(0.1, False, 0, dataclasses.replace(SMALL, iterations=iterations, ema=ema))
+        return [parameter.detach() for model in models for parameter in model.parameters()]
+
+    first, second = weights(1, 0.0), weights(2, 0.0)
+    one = weights(1, 0.995)
+    assert not any(torch.equal(*pair) for pair in zip(first, second, strict=True))
+    # 1/10 of the start and 9/10 of the first weights, then 2/11 of that and 9/11 of the second.
+    for ema, decay in ((0.995, 2 / 11), (0.15, 0.15)):
+        for mean, last, trained in zip(one, weights(2, ema), second, strict=True):
+            torch.testing.assert_close(last, torch.lerp(mean, trained, 1 - decay))
+    start = list(dxmi2d.PointValue(2, dxmi2d.NUM_STEPS + 1, hidden=128, seed=1).parameters())
+    for before, mean, trained in zip(start, one[-len(start) :], first[-len(start) :], strict=True):
+        torch.testing.assert_close(mean, torch.lerp(before.detach(), trained, 0.9))
+
+
+def test_the_energy_is_judged_by_data_against_noise(monkeypatch):
+    """The true density comes to what the table calls so."""
+    policy, _ = dxmi2d.train(0.1, False, 0, SMALL)
+    monkeypatch.setattr(dxmi2d, "train", lambda *args: (policy, lambda x, t: -dxmi2d.log_density(x)))
+    assert dxmi2d.run(0.1, False, 0, SMALL).auc == Judge(SMALL, 0).floor()[1] > 0.5
+
+
 class InThisProcess:
     """A pool that keeps what the test has changed."""
 
@@ -83,8 +109,9 @@ def test_json_and_figure(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
     monkeypatch.setattr(dxmi2d, "ProcessPoolExecutor", InThisProcess)
     monkeypatch.setattr(dxmi2d, "Recipe", lambda iterations: dataclasses.replace(SMALL, iterations=iterations))
-    monkeypatch.setattr(dxmi2d.Recipe, "iterations", 3, raising=False)
-    dxmi2d.main(["--json", "--save", "--seeds", "2", "--iterations", "2", "--figure", str(tmp_path / "a" / "b.png")])
+    monkeypatch.setattr(dxmi2d.Recipe, "iterations", 2, raising=False)
+    monkeypatch.setattr(dxmi2d, "SEEDS", 2)
+    dxmi2d.main(["--json", "--save", "--figure", str(tmp_path / "a" / "b.png")])
     result = json.loads(capsys.readouterr().out)
     assert {"machine", "versions", "commit", "command", "recipe", "floor", "rows"} <= set(result)
     assert [(row["tau"], row["pretrain"]) for row in result["rows"]] == list(dxmi2d.PAPER)

@@ -19,9 +19,14 @@ def test_json(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
     monkeypatch.setattr(scaling, "WORKLOAD", TINY)
     monkeypatch.setattr(scaling, "_SAMPLE_SECONDS", 0.01)
+    monkeypatch.setattr(scaling, "ENGINES", ("plain", "ddp", PEER))
+    monkeypatch.setattr(scaling, "_counts", lambda: [1, 2])
+    compared, check = [], scaling.check_parity
+    monkeypatch.setattr(
+        scaling, "check_parity", lambda losses, tolerance: (compared.append(list(losses)), check(losses, tolerance))
+    )
     before = dict(os.environ)
-    arguments = ["--json", "--save", "--repeats", "1", "--threads", "1", "--processes", "1", "2"]
-    scaling.main([*arguments, "--engines", "plain", "ddp", PEER])
+    scaling.main(["--json", "--save", "--repeats", "1", "--threads", "1"])
     assert dict(os.environ) == before
     result = json.loads(capsys.readouterr().out)
     assert {"machine", "versions", "commit", "command", "workload", "rows", "estimates"} <= set(result)
@@ -29,6 +34,7 @@ def test_json(tmp_path, monkeypatch, capsys):
         *(("plain", 1), (PEER, 1)),
         *(("ddp", 2), (PEER, 2)),
     ]
+    assert compared == [["plain in 1", f"{PEER} in 1"], ["plain in 1", f"{PEER} in 1", "ddp in 2", f"{PEER} in 2"]]
     for row in result["rows"]:
         assert list(row) == ["engine", "processes", "images_per_s", "peak_mib"]
         assert row["images_per_s"] > 0 and row["peak_mib"] > 50
@@ -38,6 +44,24 @@ def test_json(tmp_path, monkeypatch, capsys):
     peer, ddp = result["rows"][3], result["rows"][2]
     ratio = f"{ddp['images_per_s'] / peer['images_per_s']:.2f} x"
     assert f"| `ddp` |  |  |  | {ddp['images_per_s']:.1f} | {ratio} |" in readme.scaling_tables(result)
+
+
+def test_teams_take_turns():
+    """Each sample is that of the slowest process; of three the median counts."""
+    order = []
+
+    class Scripted:
+        def __init__(self, engine, *seconds):
+            self.engine, self.seconds = engine, iter(seconds)
+
+        def ask(self, what, count):
+            order.append(self.engine)
+            seconds = next(self.seconds) * count
+            return [seconds, seconds / 2]
+
+    teams = [Scripted("a", 1.0, 3.0, 1.0, 2.0), Scripted("b", 0.1, 0.1, 7.0, 0.2)]
+    assert scaling._interleave(teams, 3) == pytest.approx({"a": 2.0, "b": 0.2})
+    assert "".join(order) == "ab" + "abbaab"
 
 
 def test_a_process_that_fails_is_named():
