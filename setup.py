@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 from setuptools import Distribution, Extension, setup
@@ -94,18 +95,30 @@ class BuildNative(build_ext):
     def run(self) -> None:
         in_place = self.inplace or self.editable_mode
         target = (ROOT if in_place else Path(self.build_lib)) / "maskdm_fast" / "lib"
-        wanted = _wanted("MASKDM_WITH_NATIVE")
+        wanted, with_cuda = _wanted("MASKDM_WITH_NATIVE"), _wanted("MASKDM_WITH_CUDA")
+        if wanted == "0" and with_cuda == "1":
+            raise ValueError("MASKDM_WITH_NATIVE=0 declines all kernels, and MASKDM_WITH_CUDA=1 demands some of them")
         record: dict[str, object] = {"cuda_toolkit": find_cuda_toolkit(dict(os.environ))}
         if wanted == "0":
             record["skipped"] = "MASKDM_WITH_NATIVE=0"
         else:
             try:
                 record |= self.compile_all(target, record["cuda_toolkit"])
-            except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
-                if wanted == "1":
+            except (RuntimeError, OSError) as error:
+                if "1" in (wanted, with_cuda):
                     raise
                 record["failed"] = str(error)
-                self.warn_loudly(str(error))
+                self.warn_loudly(
+                    "maskdm_fast is installed WITHOUT its native kernels and will run on the slow reference backend.",
+                    str(error),
+                    "a C++20 compiler: GCC >= 11 or Clang >= 14",
+                )
+        if "cuda_failed" in record:
+            self.warn_loudly(
+                "maskdm_fast is installed WITHOUT its CUDA kernels; on a GPU it will run on Triton or the reference.",
+                str(record["cuda_failed"]),
+                "a CUDA toolkit >= 12.0 with a compiler that it supports; or decline: MASKDM_WITH_CUDA=0",
+            )
         target.mkdir(parents=True, exist_ok=True)
         for name, built in (("cpu", "compiler" in record), ("cuda", "cuda_compiler" in record)):
             if not built:
@@ -123,7 +136,7 @@ class BuildNative(build_ext):
         nvcc = Path(toolkit["root"]) / "bin" / "nvcc"
         try:
             return self.compile(target, nvcc) | {"cuda_compiler": str(nvcc)}
-        except (RuntimeError, subprocess.CalledProcessError) as error:
+        except (RuntimeError, OSError) as error:
             if wanted == "1":
                 raise
             return self.compile(target) | {"cuda_failed": str(error)}
@@ -136,7 +149,6 @@ class BuildNative(build_ext):
                 "with --no-build-isolation"
             )
         torch_root = Path(spec.origin).parent
-        build = Path(self.build_temp) / "native"
         cmake = _find_tool("cmake")
         if cmake is None:
             raise RuntimeError("cmake was not found; pip install cmake")
@@ -149,15 +161,17 @@ class BuildNative(build_ext):
         }
         if nvcc is not None:
             options["CMAKE_CUDA_COMPILER"] = nvcc
-        # A fresh cache: one of an earlier build may name a compiler or a torch that is gone.
-        shutil.rmtree(build, ignore_errors=True)
         ninja = _find_tool("ninja")
         generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
         settings = [f"-D{key}={value}" for key, value in options.items()]
-        self.call([cmake, "-S", str(ROOT), "-B", str(build), *generator, *settings])
-        self.call([cmake, "--build", str(build), "--parallel", str(os.cpu_count())])
-        self.call([cmake, "--install", str(build)])
-        cache = (build / "CMakeCache.txt").read_text()
+        Path(self.build_temp).mkdir(parents=True, exist_ok=True)
+        # A folder of its own: the cache of an earlier build may name a compiler or a torch that is gone, and another
+        # build of this checkout may be under way.
+        with tempfile.TemporaryDirectory(prefix="native-", dir=self.build_temp) as build:
+            self.call([cmake, "-S", str(ROOT), "-B", build, *generator, *settings])
+            self.call([cmake, "--build", build, "--parallel", str(os.cpu_count())])
+            self.call([cmake, "--install", build])
+            cache = Path(build, "CMakeCache.txt").read_text()
         compiler = re.search(r"^CMAKE_CXX_COMPILER:\w+=(.+)$", cache, re.MULTILINE)
         version = (torch_root / "version.py").read_text()
         return {
@@ -172,13 +186,13 @@ class BuildNative(build_ext):
             tail = "\n".join(result.stdout.strip().splitlines()[-15:])
             raise RuntimeError(f"`{' '.join(command[:3])} ...` failed with exit code {result.returncode}:\n{tail}")
 
-    def warn_loudly(self, reason: str) -> None:
+    def warn_loudly(self, what: str, reason: str, mend: str) -> None:
         line = "!" * 100
         sys.stderr.write(
             f"\n{line}\n"
-            "!! maskdm_fast is installed WITHOUT its native kernels and will run on the slow reference backend.\n"
+            f"!! {what}\n"
             f"!! Why: {reason}\n"
-            "!! Mend it (a C++20 compiler: GCC >= 11 or Clang >= 14), then install again.\n"
+            f"!! Mend it ({mend}), then install again.\n"
             f"!! `maskdm-fast info` shows the state.\n{line}\n\n"
         )
 
