@@ -196,6 +196,7 @@ def test_the_wheel_of_the_sdist(project_files, unpacked_sdist, broken_toolkit, t
     """
     output, wheel = _build_wheel(unpacked_sdist, tmp_path, MASKDM_WITH_NATIVE="1", CUDA_HOME=broken_toolkit)
     assert wheel is not None, output
+    assert "installed WITHOUT its CUDA kernels" in output and "WITHOUT its native kernels" not in output
     platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
     assert wheel.name.endswith(f"-py3-none-{platform}.whl")
 
@@ -214,9 +215,15 @@ def test_the_wheel_of_the_sdist(project_files, unpacked_sdist, broken_toolkit, t
 
 
 def test_cuda_kernels_that_were_asked_for_must_compile(tree, broken_toolkit, tmp_path):
-    output, path = _build_wheel(tree, tmp_path, MASKDM_WITH_NATIVE="1", MASKDM_WITH_CUDA="1", CUDA_HOME=broken_toolkit)
+    output, path = _build_wheel(tree, tmp_path, MASKDM_WITH_CUDA="1", CUDA_HOME=broken_toolkit)
     assert path is None
     assert "failed with exit code" in output
+
+
+def test_settings_that_contradict_each_other_are_an_error(tree, tmp_path):
+    output, path = _build_wheel(tree, tmp_path, MASKDM_WITH_NATIVE="0", MASKDM_WITH_CUDA="1")
+    assert path is None
+    assert "MASKDM_WITH_NATIVE=0 declines all kernels" in output
 
 
 def test_kernels_compile_without_cuda_where_it_is_declined(tmp_path, monkeypatch):
@@ -230,6 +237,45 @@ def test_kernels_compile_without_cuda_where_it_is_declined(tmp_path, monkeypatch
     assert built == [None, Path("toolkit/bin/nvcc")]
     with pytest.raises(RuntimeError, match="MASKDM_WITH_CUDA=1, and no CUDA toolkit"):
         command.compile_all(tmp_path, {"missing": "no CUDA toolkit at: nowhere"})
+
+
+def test_two_builds_of_one_checkout_keep_apart(tmp_path, monkeypatch):
+    """The second is begun and ended while the first is under way."""
+    folders = []
+
+    def call(command, arguments):
+        if "-B" not in arguments:
+            assert Path(arguments[2], "CMakeCache.txt").exists()
+            return
+        folders.append(Path(arguments[arguments.index("-B") + 1]))
+        assert not (folders[-1] / "CMakeCache.txt").exists()
+        (folders[-1] / "CMakeCache.txt").write_text("CMAKE_CXX_COMPILER:FILEPATH=/bin/c++\n")
+        if len(folders) == 1:
+            command.compile(tmp_path)
+
+    monkeypatch.setattr(_setup.BuildNative, "call", call)
+    command = _setup.BuildNative(_setup.Distribution())
+    command.build_temp = str(tmp_path / "build")
+    assert command.compile(tmp_path)["compiler"] == "/bin/c++"
+    assert len(set(folders)) == 2
+    assert list((tmp_path / "build").iterdir()) == []
+
+
+_TOOLKIT = _setup.find_cuda_toolkit(dict(os.environ))
+
+
+@pytest.mark.skipif("missing" in _TOOLKIT, reason="needs nvcc")
+def test_a_cmake_that_does_not_know_how_nvcc_is_asked_for_its_standard(tmp_path):
+    """As CMake before 3.25.2: it refused to configure the CUDA library, which was then left out."""
+    (tmp_path / "forget.cmake").write_text("unset(CMAKE_CUDA20_STANDARD_COMPILE_OPTION)\n")
+    command = [_setup._find_tool("cmake"), "-G", "Unix Makefiles", "-S", ROOT, "-B", tmp_path / "build"]
+    command += [f"-DCMAKE_CUDA_COMPILER={_TOOLKIT['root']}/bin/nvcc"]
+    command += [f"-DCMAKE_USER_MAKE_RULES_OVERRIDE_CUDA={tmp_path / 'forget.cmake'}", f"-DTORCH_LIB_DIR={tmp_path}"]
+    command += [f"-DTORCH_INCLUDE_DIR={tmp_path}"]
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert result.returncode == 0, result.stdout
+    flags = (tmp_path / "build/CMakeFiles/maskdm_fast_cuda.dir/flags.make").read_text()
+    assert "-std=c++20" in flags.partition("CUDA_FLAGS")[2].splitlines()[0]
 
 
 @pytest.fixture(scope="module")
