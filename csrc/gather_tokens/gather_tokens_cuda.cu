@@ -14,7 +14,7 @@
 // suffice for that. No FLOPs.
 //
 // Must hold: each output row has one writer, so results are deterministic, also where ids are not distinct: the last one
-// counts. An id out of range never becomes an address.
+// counts, and the gradients of the others are left unwritten. An id out of range never becomes an address.
 #include <cstring>
 #include <initializer_list>
 

@@ -24,6 +24,8 @@ T = TypeVar("T")
 
 # One process may pack a data set for hours while the others wait. One that dies is noticed at once, for its connections
 # close; one that hangs in training is ended by its own watchdog.
+LAUNCHED_LOCAL_RANK = "MASKDM_FAST_LOCAL_RANK"
+"""Environment variable with what the launcher called LOCAL_RANK, if that has been set to something else."""
 _PATIENCE = timedelta(days=2)
 _control: dist.ProcessGroup | None = None
 
@@ -244,7 +246,7 @@ def _launched() -> tuple[int, int, int]:
         env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
         for name, of_slurm in (("WORLD_SIZE", "STEP_NUM_TASKS"), ("LOCAL_RANK", "LOCALID"), ("RANK", "PROCID")):
             env[name] = env.get(f"SLURM_{of_slurm}", "")
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    names = ("RANK", "WORLD_SIZE", LAUNCHED_LOCAL_RANK if LAUNCHED_LOCAL_RANK in env else "LOCAL_RANK")
     try:
         rank, world_size, local_rank = (int(env.get(name, default)) for name, default in zip(names, "010", strict=True))
     except ValueError:
@@ -283,7 +285,7 @@ def _device(name: str, local_rank: int | None) -> torch.device:
                 f"device {str(found)!r} is not there: PyTorch sees {count} CUDA devices; start fewer processes per "
                 "machine, or use --device cpu"
             )
-        if local_rank is not None:
+        if found.index is not None:
             backend.set_device(found)
     elif found.type != "cpu":
         raise ValueError(f"device {name!r} is not supported; want auto, cpu, cuda or cuda:INDEX")
@@ -296,7 +298,8 @@ def _connect(device: torch.device) -> None:
         return
     try:
         if device.type == "cuda":
-            dist.init_process_group("nccl", device_id=device)
+            # It would end the process before the watchdog has said where it stands.
+            dist.init_process_group("nccl", device_id=device, timeout=_PATIENCE)
         else:
             dist.init_process_group("gloo")
         _control = dist.new_group(backend="gloo", timeout=_PATIENCE)

@@ -20,7 +20,7 @@ from maskdm_fast.train.idle import IdleState
 from maskdm_fast.train.loss_scale import LossScale
 from maskdm_fast.train.memory import KEPT_VALUES, zero_sizes
 from maskdm_fast.train.pieces import Fragment, Pieces, Reader
-from maskdm_fast.train.world import World
+from maskdm_fast.train.world import LAUNCHED_LOCAL_RANK, World
 
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3-offload": 3}
 
@@ -79,8 +79,8 @@ class ZeroEngine:
         if not dist.is_initialized():
             backend = "nccl" if world.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed wants to be told
         self.device = world.device
+        tell_device(self.device)
         clip, sizes = optimizer.max_grad_norm or 0.0, [param.numel() for param in model.parameters()]
         config = _config(name, settings, clip, sum(sizes), self.device)
         self._shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
@@ -300,6 +300,17 @@ class ZeroEngine:
             # An entry is what all calls of this operation have taken until then.
             total = max(milliseconds[-1] for _, milliseconds, *_ in sizes.values())
             self._world.timer.add("communication", total / 1e3)
+
+
+def tell_device(device: torch.device) -> None:
+    """Set LOCAL_RANK, by which DeepSpeed takes its GPU for as long as it lives, to the number of the process's own.
+    They differ where a scheduler shows each process one GPU, and where --device names another than the first."""
+    if device.type != "cuda":
+        os.environ.setdefault("LOCAL_RANK", "0")  # it wants to be told
+        return
+    os.environ.setdefault(LAUNCHED_LOCAL_RANK, os.environ.get("LOCAL_RANK", "0"))
+    for name in {"LOCAL_RANK", *({"OMPI_COMM_WORLD_LOCAL_RANK"} & os.environ.keys())}:  # which must agree
+        os.environ[name] = str(device.index or 0)
 
 
 def _slots_in(state: dict[str, Any]) -> list[str]:

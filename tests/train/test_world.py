@@ -1,6 +1,7 @@
 """What launchers say about the processes, and a process alone; several of them are in distributed/test_world.py."""
 
 import os
+from datetime import timedelta
 
 import pytest
 import torch
@@ -154,3 +155,25 @@ def test_gpus_that_cannot_be_taken(monkeypatch):
         world_module._device("cuda", 2)
     with pytest.raises(ValueError, match="'cuda:1' names one GPU for all processes"):
         world_module._device("cuda:1", 0)
+
+
+def test_a_gpu_that_is_named_is_the_current_one(monkeypatch):
+    """What waits for the current device would wait for the first, and open a context there."""
+    used = []
+    monkeypatch.setattr(world_module.backend, "devices", lambda: {"cuda": ["a", "b"]})
+    monkeypatch.setattr(world_module.backend, "set_device", used.append)
+    assert [world_module._device(name, None) for name in ("cuda:1", "cuda")] == [
+        torch.device("cuda:1"),
+        torch.device("cuda"),
+    ]
+    assert used == [torch.device("cuda:1")]
+
+
+def test_nccl_waits_as_long_as_the_watchdog(monkeypatch):
+    calls = []
+    monkeypatch.setattr(world_module, "_control", None)
+    monkeypatch.setattr(world_module.dist, "init_process_group", lambda *args, **named: calls.append((args, named)))
+    monkeypatch.setattr(world_module.dist, "new_group", lambda **named: "control")
+    world_module._connect(torch.device("cuda:0"))
+    ((args, named),) = calls
+    assert args == ("nccl",) and named["timeout"] >= timedelta(days=1)
