@@ -1,7 +1,8 @@
 """The stages of training: what is learnt, by which networks, with which loss.
 
-A new stage is one file here (a class that implements `Stage`), one configuration class in `train/config.py`, and one
-entry in `STAGES`. The trainer does not change.
+A new stage is one file here (a class that implements `Stage`), one configuration class in a `train/*_config.py`, which
+`AnyStage` of `train/config.py` lists, and one entry in each of `STAGES`, `_PLANS` of `train/plan.py` and `_DRAW` of
+`train/generation.py`. The trainer does not change.
 """
 
 from dataclasses import replace
