@@ -10,15 +10,17 @@ the two layers that touch pixels change:
 
 R resizes one patch by areas: enlarging by a whole factor repeats each pixel, shrinking averages, so pinv(R) averages
 where R repeats. Patches do not overlap, so resizing them one by one is resizing the image, and the whole network maps a
-repeated image to its repeated prediction, exactly. Averaging also lowers the noise that the network sees: at twice the
-side it sees four times the signal-to-noise ratio of the images it is given, for which the shifted cosine schedule makes
-up.
+repeated image to its repeated prediction, exactly; but not one with a final convolution, which reads neighbouring
+pixels, whatever their size. Averaging also lowers the noise that the network sees: at twice the side it sees four times
+the signal-to-noise ratio of the images it is given. For weights trained with the cosine schedule the shifted one makes
+up for that.
 
 Source: the pseudo-inverse is that of Beyer et al., "FlexiViT: One Model for All Patch Sizes", CVPR 2023, section 3.4
 (there with bilinear R); the head's counterpart and the choice of areas are ours.
 """
 
 import dataclasses
+import warnings
 from typing import Any
 
 import torch
@@ -49,6 +51,10 @@ def transfer(tensors: dict[str, Tensor], old: UViTConfig, new: UViTConfig) -> di
     Returns:
         A state dict for a `UViT` of `new`, in the same dtypes. What needs no change is the same tensor, not a copy.
 
+    Warns:
+        RuntimeWarning: the patch size changes and there is a final convolution, which no weights of its size fit to
+            other pixels.
+
     Raises:
         ValueError: the networks differ in more than `TRANSFERABLE`, or `new` lacks the final convolution of `old`.
     """
@@ -62,6 +68,13 @@ def transfer(tensors: dict[str, Tensor], old: UViTConfig, new: UViTConfig) -> di
         raise ValueError(
             "transfer: the weights have a final convolution and the new network has none; set final_conv=True, since "
             "the trained head counts on it"
+        )
+    if old.final_conv and old.patch_size != new.patch_size:
+        warnings.warn(
+            f"transfer: the patch size goes from {old.patch_size} to {new.patch_size}, but the final convolution still "
+            "reads 3x3 pixels, which are of another size: the network does not begin at what it had learnt to predict",
+            RuntimeWarning,
+            stacklevel=2,
         )
     out = dict(tensors)
     sides = [config.image_size // config.patch_size for config in (old, new)]

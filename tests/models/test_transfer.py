@@ -53,6 +53,23 @@ def test_a_repeated_image_gives_the_repeated_prediction(factor):
     )
 
 
+def test_a_final_convolution_does_not_go_to_another_patch_size():
+    """It reads 3x3 pixels, and no 3x3 kernel does on repeated pixels what it did."""
+    model = make_model(changed(final_conv=True))
+    with pytest.warns(RuntimeWarning, match=r"from 3 to 6, but the final convolution still reads 3x3 pixels"):
+        new = transferred(model, changed(final_conv=True, image_size=24, patch_size=6))
+    images = make_images(12)
+    expected = unpatchify(model(patchify(images, 3), T, None, LABELS), 3, 12, 12, 2)
+    larger = images.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    out = unpatchify(new(patchify(larger, 6), T, None, LABELS), 6, 24, 24, 2)
+    assert (F.avg_pool2d(out, 2) - expected).abs().mean() > 0.1 * expected.abs().mean()
+
+
+def test_a_final_convolution_goes_with_more_patches(recwarn):
+    transferred(make_model(changed(final_conv=True)), changed(final_conv=True, image_size=24))
+    assert not recwarn.list
+
+
 def test_any_larger_image_is_embedded_as_its_average():
     model = make_model()
     new = transferred(model, changed(image_size=24, patch_size=6))
