@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import sys
 import warnings
@@ -282,7 +283,9 @@ def _initial_weights(config: RunConfig, folder: Path, class_names: Sequence[str]
         weights.tell_assumed()
     for name in ("schedule", "prediction"):
         there, here = (getattr(each.diffusion, name) for each in (weights.config, config))
-        if there != here and world.is_main:
+        if there == here or (name == "schedule" and _sees_the_noise(config, weights.config)):
+            continue
+        if world.is_main:
             warnings.warn(
                 f"the weights of {weights.checkpoint.path} were trained with {name} {there}, this run has {here}: what "
                 "the network has learnt to predict is not what it is asked for now",
@@ -290,6 +293,17 @@ def _initial_weights(config: RunConfig, folder: Path, class_names: Sequence[str]
                 stacklevel=2,
             )
     return match_classes(weights, class_names, config.seed, world) if config.model.num_classes else weights
+
+
+def _sees_the_noise(config: RunConfig, trained: RunConfig) -> bool:
+    """Whether a network that goes on in `config` sees, time by time, the noise that it was `trained` with, though the
+    schedules are two: larger patches average it."""
+    here, there = (each.diffusion.noise_schedule(each.model) for each in (config, trained))
+    if here.num_timesteps is None or here.num_timesteps != there.num_timesteps:
+        return False
+    t = torch.arange(here.num_timesteps)
+    averaged = 2.0 * math.log(config.model.patch_size / trained.model.patch_size)
+    return torch.allclose(here.log_snr(t) + averaged, there.log_snr(t))
 
 
 def make_folder(folder: Path) -> None:

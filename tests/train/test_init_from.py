@@ -48,6 +48,20 @@ def test_weights_that_were_asked_for_something_else(make_config, tmp_path):
     assert words == ["schedule cosine, this run has linear", "prediction eps, this run has v"]
 
 
+@pytest.mark.parametrize(
+    ("schedule", "patch_size", "warns"), [("cosine", 32, False), ("cosine", 16, True), ("linear", 32, True)]
+)
+def test_the_shifted_schedule_makes_up_for_larger_patches(make_config, tmp_path, recwarn, schedule, patch_size, warns):
+    """They average the noise by as much as it is shifted from the cosine; this was warned of like any other change."""
+    first = make_config(model=replace(MODEL, image_size=64, patch_size=16), diffusion=DiffusionConfig(schedule))
+    train(replace(first, stage=replace(first.stage, num_images=4)), tmp_path / "first")
+    larger = replace(first.model, image_size=128, patch_size=patch_size)
+    shifted = DiffusionConfig("shifted-cosine")
+    train(make_config(model=larger, diffusion=shifted, init_from="first", **UNMASKED), tmp_path / "second")
+    words = f"were trained with schedule {schedule}, this run has shifted-cosine"
+    assert [words in str(warning.message) for warning in recwarn.list] == [True] * warns
+
+
 def test_other_differences_are_still_errors(make_config, tmp_path):
     train(make_config(num_images=8), tmp_path / "first")
     other_heads = replace(MODEL, image_size=16, num_heads=4)
