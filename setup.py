@@ -18,6 +18,15 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
+import setuptools
+
+# pip reads build-system.requires in an isolated build only.
+if int(setuptools.__version__.partition(".")[0]) < 77:
+    raise SystemExit(
+        f"maskdm_fast builds with setuptools >= 77, this is {setuptools.__version__}: "
+        "pip install 'setuptools>=77' 'cmake>=3.22' ninja, then install again"
+    )
+
 from setuptools import Distribution, Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext

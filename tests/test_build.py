@@ -220,6 +220,14 @@ def test_cuda_kernels_that_were_asked_for_must_compile(tree, broken_toolkit, tmp
     assert "failed with exit code" in output
 
 
+def test_an_old_setuptools_is_told_from_a_new_one(tree, tmp_path):
+    (tmp_path / "setuptools.py").write_text('__version__ = "65.5.0"\n')
+    environ = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    result = subprocess.run([sys.executable, "setup.py"], cwd=tree, env=environ, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.startswith("maskdm_fast builds with setuptools >= 77, this is 65.5.0: pip install")
+
+
 def test_settings_that_contradict_each_other_are_an_error(tree, tmp_path):
     output, path = _build_wheel(tree, tmp_path, MASKDM_WITH_NATIVE="0", MASKDM_WITH_CUDA="1")
     assert path is None
