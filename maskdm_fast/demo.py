@@ -8,6 +8,7 @@ time inside the training loop counts: set-up, checkpoints, sampling and scoring 
 import dataclasses
 import functools
 import json
+import math
 import shlex
 import sys
 import time
@@ -113,10 +114,10 @@ class Plan:
 
 
 def make_plan(options: DemoOptions) -> Plan:
-    """The plan of a demo; ValueError if the time is not positive."""
+    """The plan of a demo; ValueError if the time is not positive and finite."""
     minutes = options.minutes if options.minutes is not None else (0.05 if options.smoke else 1.75)
-    if minutes <= 0:
-        raise ValueError(f"--minutes is {options.minutes}, want more than 0")
+    if not 0 < 60.0 * minutes < math.inf:
+        raise ValueError(f"--minutes is {options.minutes}, want more than 0, and finite")
     pretrain = DenoisingConfig(
         mask=BlockMask(0.75, 2 if options.smoke else 4),
         num_images=None,
@@ -176,6 +177,9 @@ def run(options: DemoOptions) -> int:
     """Run the demo; returns the exit code."""
     started = time.monotonic()
     plan = make_plan(options)
+    configs = _configs(plan, options)
+    for config in configs.values():
+        replace(config, stage=replace(config.stage, max_seconds=plan.seconds)).validate()
     folder = Path(options.out or ("runs/demo-smoke" if options.smoke else "runs/demo"))
     device = make_world(options.device).device
     # What is missing must show now, not after training.
@@ -189,7 +193,6 @@ def run(options: DemoOptions) -> int:
         print(summary_path.read_text("utf-8"))
         print(f"This demo was finished before; remove {folder} to run it again.")
         return 0
-    configs = _configs(plan, options)
     demo = Demo(plan, options.seed, folder, open_store(configs[_SCRATCH]))
     if not _train(plan, configs, folder):
         print("Interrupted; the same command goes on.")
@@ -375,7 +378,12 @@ def _claim(folder: Path, options: dict[str, object]) -> None:
     if not path.exists():
         write_json_atomic(path, options)
         return
-    begun = json.loads(path.read_text("utf-8"))
+    try:
+        begun = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}); choose another folder with --out, or remove {folder}"
+        ) from error
     if begun != options:
         raise ValueError(
             f"the demo in {folder} was begun with {begun}, now it is {options}; choose another folder with --out, or "

@@ -93,6 +93,30 @@ def test_an_interrupted_demo_goes_on(options, tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "demo/demo.json").read_text())["smoke"] is True
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"minutes": float("nan")}, "--minutes is nan, want more than 0, and finite"),
+        ({"minutes": float("inf")}, "--minutes is inf"),
+        ({"minutes": -1.0}, "--minutes is -1.0"),
+        ({"seed": -1}, "seed is -1"),
+    ],
+)
+def test_options_that_cannot_work_leave_no_folder(changes, message, options, tmp_path):
+    """A folder that they had claimed would refuse the corrected command."""
+    with pytest.raises(ValueError, match=message):
+        demo.run(replace(options, **changes))
+    assert not (tmp_path / "demo").exists()
+
+
+def test_a_damaged_record_is_named(options, tmp_path):
+    path = tmp_path / "demo/demo.json"
+    path.parent.mkdir()
+    path.write_text("")
+    with pytest.raises(ValueError, match=f"{path} cannot be read .*, or remove {path.parent}"):
+        demo.run(options)
+
+
 def test_plan_shares_everything_but_the_mask():
     plan = demo.make_plan(demo.DemoOptions())
     configs = demo._configs(plan, demo.DemoOptions())
