@@ -258,8 +258,13 @@ def write_whole(path: Path, reader: Reader, group: str, dtype: torch.dtype, meta
         reader: gives the tensors.
         group: which.
         dtype: of the tensors in the file: float32, bfloat16 or float16.
-        metadata: for the header.
+        metadata: for the header; it stands first in the file.
+
+    Raises:
+        ValueError: `dtype` is another.
     """
+    if dtype not in _DTYPE_NAMES:
+        raise ValueError(f"dtype is {dtype}, want one of {', '.join(map(str, _DTYPE_NAMES))}")
     names, place = sorted(reader.names(group)), 0
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     for name in names:

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from maskdm_fast.models import is_official, load_official
 from maskdm_fast.train import checkpoint as checkpoints
-from maskdm_fast.train.checkpoint import Checkpoint
+from maskdm_fast.train.checkpoint import Checkpoint, CheckpointError
 from maskdm_fast.train.config import DenoisingConfig, RunConfig
 from maskdm_fast.train.extras import require
 from maskdm_fast.train.pieces import FileReader, Held, Reader, write_whole
 
 Tensors = dict[str, Tensor]
 _KEY = "maskdm_fast"  # of an exported file's metadata
+_BEGINNING = 64  # bytes of such a file, in which that key stands
 _KEPT = ("step", "images", "config", "class_names", "data")  # of a checkpoint's state
 _GROUPS = {"ema": "ema", "raw": "model"}
 _SCHEDULES = {"MaskDM": "linear or cosine", "U-ViT": "vp, scaled-linear for U-ViT-H"}
@@ -144,7 +145,8 @@ def export(
         Where the weights came from.
 
     Raises:
-        As `load_weights`; OSError where `out` cannot be written.
+        As `load_weights`; OSError where `out` cannot be written, ValueError for another `dtype` than float32, bfloat16
+        and float16.
     """
     checkpoint, out = _find(path, which), Path(out)
     kept = {name: checkpoint.state[name] for name in _KEPT if name in checkpoint.state}
@@ -207,7 +209,7 @@ def load_trained(name: str, folder: Path, which: Literal["ema", "raw"], config: 
 
 
 def is_exported(path: Path) -> bool:
-    """Whether `path` is a file that `export` wrote."""
+    """Whether `path` is a file that `export` wrote; CheckpointError if it is damaged."""
     return path.is_file() and _exported_state(path) is not None
 
 
@@ -246,9 +248,22 @@ def stage_folders(path: Path) -> list[Path]:
 
 
 def _exported_state(path: Path) -> dict[str, Any] | None:
+    """What `export` wrote beside the tensors; None if it did not write this file, CheckpointError if it is damaged."""
     try:
         with require("safetensors").safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-    except require("safetensors").SafetensorError:
-        return None
-    return json.loads(metadata[_KEY]) if _KEY in metadata else None
+        if _KEY not in metadata:
+            return None
+        state = json.loads(metadata[_KEY])
+        missing = [name for name in ("which", "config") if name not in state]
+    except (require("safetensors").SafetensorError, ValueError, TypeError) as error:
+        with open(path, "rb") as file:
+            beginning = file.read(_BEGINNING)
+        if f'"{_KEY}"'.encode() not in beginning:
+            return None
+        raise CheckpointError(
+            f"{path} was written by maskdm-fast export and is damaged or truncated: {error}"
+        ) from error
+    if missing:
+        raise CheckpointError(f"{path} was written by maskdm-fast export and is damaged: no {' and no '.join(missing)}")
+    return state
