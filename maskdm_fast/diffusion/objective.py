@@ -90,7 +90,8 @@ class MaskedObjective:
         share), they go through the network packed, without padding, and each image's loss is still its own mean.
 
         Args:
-            model: the network, or a wrapper of it with the same call.
+            model: the network, or a wrapper of it with the same call. If it has an attribute ``grid``, the rows and
+                columns of patches that its places are for, images must have that grid.
             images: uint8 ``[B, height, width, C]`` (or by `layout`), 0..255.
             labels: int64 ``[B]``, or None.
             seed: run seed.
@@ -105,13 +106,19 @@ class MaskedObjective:
             ``t [B]``; ``mask_ratio``, a scalar, the share of all patches that was masked.
 
         Raises:
-            ValueError: if the sides of the images are not multiples of `patch_size`, their grid does not suit the mask,
-                or `cu_seqlens` comes without `ids_keep`, or `ids_keep` with a `mask`.
+            ValueError: if the sides of the images are not multiples of `patch_size`, their grid does not suit the mask
+                or the model, or `cu_seqlens` comes without `ids_keep`, or `ids_keep` with a `mask`.
         """
         draw = {"seed": seed, "step": step, "slots": slots}
+        grid = self._grid(images)
+        known = getattr(model, "grid", grid)
+        if grid != known:  # the visible patches alone do not show it: all places are known to a larger network
+            raise ValueError(
+                f"MaskedObjective: the images have a grid of {grid[0]}x{grid[1]} patches, the network's have "
+                f"{known[0]}x{known[1]}; resize the images, or build the network for their size"
+            )
         t = self.timesteps(self.schedule, **draw)
         alpha, sigma = self.schedule.alpha_sigma(t)
-        grid = self._grid(images)
         if ids_keep is None:
             if cu_seqlens is not None:
                 raise ValueError("MaskedObjective: cu_seqlens is given without ids_keep, whose images it tells apart")

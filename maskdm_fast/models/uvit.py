@@ -108,6 +108,7 @@ class UViT(nn.Module):
             call `reset_parameters`.
 
     Attributes:
+        grid: rows and columns of the patches of its images.
         activation_checkpointing: keep only the inputs of the blocks for the backward pass and compute each block a
             second time there: the same gradients with less memory, for about a third more work. Off at first.
 
@@ -120,6 +121,7 @@ class UViT(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
+        self.grid = (config.image_size // config.patch_size,) * 2
         dim = config.dim
         self.patch_embed = Linear(config.token_dim, dim)
         self.positions = nn.Parameter(torch.empty(config.num_extras + config.num_tokens, dim))
@@ -137,8 +139,7 @@ class UViT(nn.Module):
         self.norm = LayerNorm(dim)
         self.head = Linear(dim, config.token_dim)
         self.time_mlp = TimeMLP(dim) if config.time_mlp else None
-        grid_side = config.image_size // config.patch_size
-        self.final_conv = FinalConv(grid_side, config.patch_size, config.channels) if config.final_conv else None
+        self.final_conv = FinalConv(self.grid[0], config.patch_size, config.channels) if config.final_conv else None
         self.reset_parameters(seed)
 
     @torch.no_grad()

@@ -178,5 +178,8 @@ def test_call_errors():
         run(OBJECTIVE, Recorder(), make_images(height=12, width=13))
     with pytest.raises(ValueError, match=r"images has shape \[6, 12, 12\], want 4 axes"):
         run(OBJECTIVE, Recorder(), make_images()[..., 0])
+    # Visible patches of smaller images have places that the network knows, of other parts of an image.
+    with pytest.raises(ValueError, match="images have a grid of 3x3 patches, the network's have 4x4; resize"):
+        run(OBJECTIVE, UViT(CONFIG), make_images(height=9, width=9))
     with pytest.raises(ValueError, match="does not fit into the grid of 4x4"):
         run(dataclasses.replace(OBJECTIVE, mask=CropMask(5)), Recorder(), make_images())
