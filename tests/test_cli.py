@@ -12,7 +12,7 @@ from PIL import Image
 
 from maskdm_fast import cli, commands
 from maskdm_fast.eval.features import FeatureNetwork
-from maskdm_fast.ops import backend
+from maskdm_fast.ops import backend, nvidia_apex
 from maskdm_fast.train import PRESETS
 
 
@@ -347,7 +347,7 @@ def test_info_shows_what_cannot_run_and_says_why_once(capsys, monkeypatch):
     }
     for name, value in missing.items():
         monkeypatch.setattr(backend, name, value)
-    monkeypatch.setattr(backend, "_apex_folders", lambda: None)
+    monkeypatch.setattr(nvidia_apex, "find", lambda: None)
     assert run("info") == 0
     text = capsys.readouterr().out
     header = next(line for line in text.splitlines() if line.startswith("ops "))

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskdm_fast.ops import control_groups
+from maskdm_fast.ops import control_groups, nvidia_apex
 
 BACKENDS = ("reference", "cpu", "cuda", "triton", "sdpa", "xformers")
 AUTOMATIC: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # else: reference
@@ -108,6 +108,22 @@ def has_triton() -> bool:
     return _INSTALLED["triton"] and (_TRITON_INTERPRETED or has_cuda())
 
 
+_OLDEST_GPU = (8, 0)
+_CAPABILITIES: dict[torch.device, tuple[int, int]] = {}
+
+
+def _too_old(device: torch.device) -> str | None:
+    """Why the compiled CUDA kernels do not run on a GPU, if they do not; starts CUDA, for tensors that are there."""
+    found = None if torch.compiler.is_compiling() else _CAPABILITIES.get(device)
+    if found is None:
+        found = torch.cuda.get_device_capability(device) if has_cuda() else _OLDEST_GPU  # of fake tensors
+        if not torch.compiler.is_compiling():
+            _CAPABILITIES[device] = found
+    if found >= _OLDEST_GPU:
+        return None
+    return "its kernels are for compute capability {}.{} and up, this GPU has {}.{}".format(*_OLDEST_GPU, *found)
+
+
 def has_flash_attention(device: torch.device) -> bool:
     """Whether PyTorch's flash attention runs on `device`: its kernels are for compute capability 8.0 and up."""
     if device.type != "cuda" or not torch.backends.cuda.is_flash_attention_available():
@@ -131,38 +147,6 @@ def current_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 def is_capturing(tensor: Tensor) -> bool:
     """Whether work on `tensor` is now recorded into a CUDA graph instead of run."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-_APEX_EXTENSIONS = {"optimizers": "amp_C", "normalization": "fused_layer_norm_cuda"}
-_APEX_BUILD = (
-    "build it from source: APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation "
-    "git+https://github.com/NVIDIA/apex"
-)
-
-
-def _apex_folders() -> list[Path] | None:
-    """Where the package that is called apex lies; asked without importing it, for it may be any project's."""
-    spec = importlib.util.find_spec("apex")
-    return None if spec is None else [Path(folder) for folder in spec.submodule_search_locations or ()]
-
-
-def why_no_apex(part: str) -> str | None:
-    """None if NVIDIA's apex is installed with the kernels of `part` (optimizers, normalization), else the reason.
-
-    NVIDIA's is told by its modules: the package that PyPI calls apex has none of them.
-    """
-    folders = _apex_folders()
-    if folders is None:
-        return f"NVIDIA's apex is not installed, and PyPI's package apex is another project; {_APEX_BUILD}"
-    if not any((folder / part).is_dir() for folder in folders):
-        return (
-            "the package apex that is installed is not NVIDIA's (PyPI's apex is another project); "
-            f"pip uninstall apex, then for NVIDIA's {_APEX_BUILD}"
-        )
-    extension = _APEX_EXTENSIONS[part]
-    if importlib.util.find_spec(extension) is None:
-        return f"NVIDIA's apex is installed without its kernels (module {extension}); {_APEX_BUILD}"
-    return None
 
 
 PRODUCTS_VARIABLE = "MASKDM_FAST_PRODUCTS"
@@ -268,12 +252,16 @@ def choose(op: str, implementations: Mapping[str, ModuleType], tensor: Tensor, b
         named = _named
     if named is None:
         for name in _USABLE.get(tensor.device.type, ()):
-            if name in implementations and (name == "cpu" or tensor.dtype != torch.float64):
+            if name not in implementations or (name != "cpu" and tensor.dtype == torch.float64):
+                continue
+            if name != "cuda" or _too_old(tensor.device) is None:
                 return name
         return "reference"
     if named not in BACKENDS:
         raise ValueError(f"{op}: backend is {named!r}, want one of {', '.join(BACKENDS)}")
     reason = why_not(named, tensor.device.type, tensor.dtype)
+    if reason is None and named == "cuda":
+        reason = _too_old(tensor.device)
     if reason is not None:
         raise RuntimeError(f"{op}: backend {named!r} cannot run: {reason}")
     if named not in implementations:
@@ -287,7 +275,11 @@ def status(implementations: Mapping[str, Mapping[str, ModuleType]]) -> dict[str,
     def state(backend: str) -> str:
         if backend in ("reference", "cpu", "sdpa") or (backend == "triton" and _TRITON_INTERPRETED):
             return why_not(backend, "cpu") or "ok"
-        return why_not(backend, "cuda") or (_CUDA_DEVICE_MISSING if not has_cuda() else "ok")
+        reason = why_not(backend, "cuda") or (None if has_cuda() else _CUDA_DEVICE_MISSING)
+        if reason is None and backend == "cuda":
+            every = (_too_old(torch.device("cuda", index)) for index in range(torch.cuda.device_count()))
+            reason = next(filter(None, every), None)
+        return reason or "ok"
 
     return {op: {name: state(name) for name in BACKENDS if _has(table, name)} for op, table in implementations.items()}
 
@@ -296,7 +288,7 @@ def apex_status() -> dict[str, str]:
     """For each part of NVIDIA's apex that training can use, ``"ok"`` or the reason why it cannot."""
     parts = {"FusedAdam": "optimizers", "FusedLayerNorm": "normalization"}
     missing = None if has_cuda() else _CUDA_DEVICE_MISSING
-    return {name: why_no_apex(part) or missing or "ok" for name, part in parts.items()}
+    return {name: nvidia_apex.why_not(part) or missing or "ok" for name, part in parts.items()}
 
 
 def native_info() -> dict[str, Any]:
@@ -383,11 +375,11 @@ def peak_memory(device: torch.device) -> int:
 def package_versions() -> dict[str, str | None]:
     """Installed versions of the packages that the library builds on or works with; None where one is missing.
 
-    apex means NVIDIA's; that its kernels are there is another question, of `why_no_apex`.
+    apex means NVIDIA's; that its kernels are there is another question, of `nvidia_apex.why_not`.
     """
     names = ["torch", "numpy", "triton", "deepspeed", "xformers"]
     versions: dict[str, str | None] = dict.fromkeys([*names, "apex"])
-    if any((folder / "optimizers").is_dir() for folder in _apex_folders() or ()):
+    if any((folder / "optimizers").is_dir() for folder in nvidia_apex.find() or ()):
         names.append("apex")
     for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

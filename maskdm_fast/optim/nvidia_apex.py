@@ -1,6 +1,6 @@
 """NVIDIA apex, where it is installed: its FusedAdam with our EMA beside it, and its FusedLayerNorm.
 
-The package that PyPI calls apex is another project; `maskdm_fast.ops.backend.why_no_apex` tells them apart.
+The package that PyPI calls apex is another project; `maskdm_fast.ops.nvidia_apex` tells them apart.
 """
 
 from collections.abc import Callable, Iterable
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskdm_fast.ops import backend
+from maskdm_fast.ops import nvidia_apex
 from maskdm_fast.ops.adamw_ema.op import global_norm
 from maskdm_fast.optim.adamw_ema import AdamWEMA
 from maskdm_fast.optim.ema_optimizer import cut_by_value_, ema_decay_at
@@ -18,7 +18,7 @@ _DEVICE = "cuda"  # the only one that apex has kernels for
 
 
 def _check(part: str, tensors: Iterable[Tensor]) -> None:
-    reason = backend.why_no_apex(part)
+    reason = nvidia_apex.why_not(part)
     if reason is not None:
         raise RuntimeError(reason)
     for tensor in tensors:

@@ -1,5 +1,6 @@
 """Where masked_attention hands over to PyTorch's attention by itself; asked on fake CUDA tensors, without a GPU."""
 
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -71,3 +72,21 @@ def test_wide_heads_are_refused_where_our_kernels_are_named(packed, monkeypatch)
 
 def test_nothing_is_handed_over_on_the_cpu():
     assert not _runs_on_sdpa(cases.Case("long", (300,), 1, 8), device="cpu")
+
+
+def test_a_gpu_that_is_too_old_for_our_kernels(monkeypatch):
+    """Triton takes over; the kernels were chosen, and could not be started."""
+    monkeypatch.setattr(backends, "_CUDA_LIBRARY_MISSING", None)
+    monkeypatch.setattr(backends, "_CAPABILITIES", {})
+    monkeypatch.setattr(backends, "_USABLE", {"cuda": ("cuda", "triton")})
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: ((8, 0), (7, 5))[device.index])
+    implementations = dict.fromkeys(("reference", "cuda", "triton"), backends)
+    new, old = (SimpleNamespace(device=torch.device("cuda", index), dtype=torch.float16) for index in range(2))
+    for _ in range(2):
+        assert backends.choose("an_op", implementations, new, None) == "cuda"
+        assert backends.choose("an_op", implementations, old, None) == "triton"
+        assert backends.choose("an_op", implementations, new, "cuda") == "cuda"
+        with pytest.raises(RuntimeError, match=r"'cuda' cannot run: .* capability 8\.0 and up, this GPU has 7\.5"):
+            backends.choose("an_op", implementations, old, "cuda")
+    assert "this GPU has 7.5" in backends.status({"an_op": implementations})["an_op"]["cuda"]

@@ -10,7 +10,7 @@ from torch import nn
 
 from maskdm_fast.models import UViT, UViTConfig
 from maskdm_fast.models.layers import LayerNorm
-from maskdm_fast.ops import backend
+from maskdm_fast.ops import backend, nvidia_apex
 from maskdm_fast.optim import AdamWEMA, ApexAdamEMA, use_apex_layer_norm
 from maskdm_fast.testing import draw
 
@@ -155,7 +155,7 @@ each_part = pytest.mark.parametrize(("part", "extension", "call"), PARTS, ids=[p
 
 @each_part
 def test_without_apex(part, extension, call, monkeypatch):
-    monkeypatch.setattr(backend, "_apex_folders", lambda: None)
+    monkeypatch.setattr(nvidia_apex, "find", lambda: None)
     with pytest.raises(RuntimeError, match=f"NVIDIA's apex is not installed, and PyPI's .* another project; .*{BUILD}"):
         call()
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from maskdm_fast.ops import backend
+from maskdm_fast.ops import nvidia_apex
 from maskdm_fast.train import checkpoint, train
 from maskdm_fast.train.config import DenoisingConfig, MachineConfig
 from maskdm_fast.train.engine import OPTIMIZERS
@@ -46,7 +46,7 @@ def test_a_run_and_its_resume(make_config, install_apex, tmp_path):
 
 @pytest.mark.parametrize("option", APEX)
 def test_without_apex_nothing_is_trained(make_config, monkeypatch, tmp_path, option):
-    monkeypatch.setattr(backend, "_apex_folders", lambda: None)
+    monkeypatch.setattr(nvidia_apex, "find", lambda: None)
     with pytest.raises(RuntimeError, match="PyPI's package apex is another project; build it from source"):
         train(make_config(**{option: APEX[option]}), tmp_path / "run")
 
