@@ -91,7 +91,10 @@ def prediction_tables(result: dict[str, Any]) -> str:
     for row in result["steps"]:
         masked = f"{row['mask_ratio']:.0%} masked" if row["mask_ratio"] else "whole images"
         cells = [f"`{row['size']}`, {masked}, batch {row['batch']}", f"{row['gflop']:.0f}", f"{row['mb']:,.0f}"]
-        cells += [f"{row['launches']}", *(f"{row[name + '_ms']:.1f} ms" for name in ("compute", "memory", "launches"))]
+        cells += [
+            f"{row['launches']:.0f}",
+            *(f"{row[name + '_ms']:.1f} ms" for name in ("compute", "memory", "launches")),
+        ]
         cells += [f"{row[name + '_ms']:.0f} ms" for name in ("predicted", "measured")]
         lines.append(f"| {' | '.join(cells)} | {row['measured_ms'] / row['predicted_ms']:.2f} |")
     lines += [
@@ -111,7 +114,7 @@ def prediction_tables(result: dict[str, Any]) -> str:
     ]
     for row in result["presets"]:
         cells = [f"`{row['stage']}`", f"{row['visible']:.0f} of {row['patches']}", f"{row['batch_size']}"]
-        cells += [f"{row['flops'] / 1e9:,.0f}", f"{row['bytes'] / 1e9:.1f}", f"{row['launches']}"]
+        cells += [f"{row['flops'] / 1e9:,.0f}", f"{row['bytes'] / 1e9:.1f}", f"{row['launches']:.0f}"]
         for found in row["hardware"].values():
             alone = row["batch_size"] / found["device_seconds"]
             captured = f", captured {alone:,.0f}" if found["bound"] == "launches" else ""
