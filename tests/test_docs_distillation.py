@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.distributed.run import get_args_parser
 
 from maskdm_fast import cli
 from maskdm_fast.train import PRESETS, load_weights, train
 from maskdm_fast.train.config import DenoisingConfig, DiffusionConfig, MachineConfig, RunConfig
 from maskdm_fast.train.distill_config import DistillationConfig
-from tests.test_docs_training import OPTIONS, ROOT, command_lines, launcher_and_command, parsed
+from tests.test_docs_training import OPTIONS, ROOT, check_command, command_lines, launcher_and_command
 from tests.train.regression_toys import CASES
 
 TEXT = (ROOT / "docs" / "distillation.md").read_text()
@@ -22,12 +21,7 @@ TINY = ["--num-images", "4", "--batch-size", "2", "--warmup-images", "0", "--dev
 
 @pytest.mark.parametrize("line", [line for line in command_lines(TEXT) if launcher_and_command(line)[2]])
 def test_command_can_be_given(line):
-    launcher, command, arguments = launcher_and_command(line)
-    options = parsed(command, arguments)
-    if command != "train" and hasattr(options, "check"):
-        options.check()
-    if launcher[0] == "torchrun":
-        assert get_args_parser().parse_args([*launcher[1:], "train", "smoke"]).module
+    check_command(line)
 
 
 def flags_of(preset, capsys):
